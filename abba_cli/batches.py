@@ -1,0 +1,214 @@
+"""Segments become token rows, token rows become batches: masks, padding and packing.
+
+Shapes: B rows in a batch, T tokens in the longest row, N tokens of all rows together.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from abba_cli.prompts import Segment, leading_ids
+
+IGNORED = -100
+"""Label of a token on which no loss is taken."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One tokenised row, uncut.
+
+    Attributes:
+        input_ids: Its tokens.
+        answers: For every token, whether the model has to produce it.
+    """
+
+    input_ids: list[int]
+    answers: list[bool]
+
+
+def tokenize(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+    """Tokenise laid-out rows and mark the answers' tokens.
+
+    A row is tokenised as one text where no token crosses from one segment into the next and the prompt alone gives the same
+    tokens; otherwise segment by segment, because the model will see the prompt alone when it answers.
+
+    Args:
+        rows: The segments of each row, the last one being its answer.
+        tokenizer: The tokenizer; what it puts before a text by itself (a beginning-of-sequence token) is put there once.
+
+    Returns:
+        One TokenRow for each row.
+    """
+    head = leading_ids(tokenizer)
+    joint = _joint(rows, tokenizer) if tokenizer.is_fast else [None] * len(rows)
+    return [
+        TokenRow([*head, *row.input_ids], [False] * len(head) + row.answers)
+        for row in (one or _separate(segments, tokenizer) for one, segments in zip(joint, rows, strict=True))
+    ]
+
+
+def _joint(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase) -> list[TokenRow | None]:
+    """Tokenise every row as one text; None where that does not respect its segments."""
+    texts = ["".join(segment.text for segment in segments) for segments in rows]
+    whole = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    prompts = ["".join(segment.text for segment in segments[:-1]) for segments in rows]
+    alone = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    found: list[TokenRow | None] = []
+    for segments, ids, offsets, prompt in zip(rows, whole["input_ids"], whole["offset_mapping"], alone, strict=True):
+        answers = _answer_tokens(segments, offsets) if ids[: len(prompt)] == prompt else None
+        found.append(None if answers is None else TokenRow(ids, answers))
+    return found
+
+
+def _answer_tokens(segments: Sequence[Segment], offsets: Sequence[tuple[int, int]]) -> list[bool] | None:
+    """Give every token its segment's mark; None when a token lies in two segments."""
+    ends = list(accumulate(len(segment.text) for segment in segments))
+    marks, index = [], 0
+    for start, end in offsets:
+        while index < len(ends) - 1 and start >= ends[index]:
+            index += 1
+        if end > ends[index]:
+            return None
+        marks.append(segments[index].answer)
+    return marks
+
+
+def _separate(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """Tokenise segment by segment."""
+    ids: list[int] = []
+    marks: list[bool] = []
+    for segment in segments:
+        if segment.text:
+            tokens = tokenizer(segment.text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += tokens
+            marks += [segment.answer] * len(tokens)
+    return TokenRow(ids, marks)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put rows into as few sequences as best-fit-decreasing finds.
+
+    Args:
+        lengths: Tokens of each row, none above `capacity`.
+        capacity: Tokens of a sequence.
+
+    Returns:
+        The row numbers of every sequence. Each row occurs once, no sequence exceeds the capacity, and the same lengths give
+        the same packing.
+    """
+    sequences: list[list[int]] = []
+    open_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # sorted keys of open_by_room
+    for row in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = bisect_left(rooms, lengths[row])
+        if place < len(rooms):
+            room = rooms[place]
+            sequence = open_by_room[room].pop()
+            sequences[sequence].append(row)
+            if not open_by_room[room]:
+                del open_by_room[room], rooms[place]
+        else:
+            room = capacity
+            sequence = len(sequences)
+            sequences.append([row])
+        left = room - lengths[row]
+        if left not in open_by_room:
+            insort(rooms, left)
+        open_by_room.setdefault(left, []).append(sequence)
+    return sequences
+
+
+@dataclass(frozen=True)
+class PaddedBatches:
+    """Collator for rows of input_ids and labels: padded on the right, masked by position.
+
+    Attributes:
+        pad_id: Id to fill with; it may equal the end-of-sequence token, because no mask is derived from it.
+        multiple: Batch lengths are rounded up to a multiple of this.
+    """
+
+    pad_id: int
+    multiple: int = 8
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return input_ids, labels and attention_mask, all int64 [B, T]."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_id),
+            "labels": torch.full(shape, IGNORED),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][index, :length] = torch.tensor(row["input_ids"])
+            batch["labels"][index, :length] = torch.tensor(row["labels"])
+            batch["attention_mask"][index, :length] = 1
+        return batch
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """Collator for packed sequences (input_ids, labels, document_lengths): flattened into one row, without padding.
+
+    No attention_mask is returned on purpose, and use_cache is off: transformers separates documents by restarting position_ids
+    only when it has neither a mask nor a cache (`_preprocess_mask_arguments` in transformers/masking_utils.py, 5.23).
+    """
+
+    def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | bool]:
+        """Return input_ids, labels and position_ids, all int64 [1, N], and use_cache=False."""
+        documents = [length for sequence in sequences for length in sequence["document_lengths"]]
+        return {
+            "input_ids": torch.tensor([[token for sequence in sequences for token in sequence["input_ids"]]]),
+            "labels": torch.tensor([[label for sequence in sequences for label in sequence["labels"]]]),
+            "position_ids": torch.cat([torch.arange(length) for length in documents])[None],
+            "use_cache": False,
+        }
+
+
+def separates_documents(model: PreTrainedModel) -> bool:
+    """Say whether the packed documents of a batch stay invisible to each other in this model.
+
+    Architecture, attention implementation and custom code all matter, so the model is asked: it reads two packed documents
+    twice, with another first document each time. The second one's logits must not change by more than rounding.
+
+    Args:
+        model: A causal language model, on its device; with or without an adapter.
+
+    Returns:
+        False for models with recurrent or convolutional state, with absolute positions they count themselves, and the like.
+    """
+    length = 8
+    rows = [
+        {
+            "input_ids": [*first, *range(10, 10 + length)],
+            "labels": [IGNORED] * 2 * length,
+            "document_lengths": [length] * 2,
+        }
+        for first in (range(20, 20 + length), range(30, 30 + length))
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            one, other = (_logits(model, PackedBatches()([row]))[0, length:] for row in rows)
+    except TypeError:  # the model's forward has no position_ids
+        return False
+    finally:
+        model.train(training)
+    rounding = 4 * torch.finfo(one.dtype).eps * one.abs().max()
+    return bool((one - other).abs().max() <= rounding)
+
+
+def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor | bool]) -> Tensor:
+    on_device = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    del on_device["labels"]
+    logits = model(**on_device).logits
+    assert isinstance(logits, Tensor)
+    return logits

@@ -1,0 +1,100 @@
+"""What a training run tells whoever watches it; `ui.py` draws these, the Python API may listen to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from abba_cli.data import PreparedData
+    from abba_cli.plan import Plan
+    from abba_cli.provenance import Outcome
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the preparation begins; `total` > 0 when it can be counted, and `done` then moves."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Audited:
+    """The data is read, tokenised and masked."""
+
+    data: "PreparedData"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Layers, parameters and memory are known."""
+
+    plan: "Plan"
+
+
+@dataclass(frozen=True)
+class Started:
+    """Training begins after `step` of `total_steps` optimizer steps; `resumed_from` is None for a fresh start."""
+
+    step: int
+    total_steps: int
+    resumed_from: Path | None
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """An optimizer step was logged. Memory is the peak so far, in bytes, of the GPU or else of the process."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float | None
+    tokens_per_second: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation loss (mean over supervised tokens); `best` when it is the lowest so far."""
+
+    step: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A held-out prompt, what the model answers and what the data says."""
+
+    step: int
+    prompt: str
+    answer: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is complete."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run directory is complete; `already` when there was nothing left to do."""
+
+    path: Path
+    already: bool
+    outcome: "Outcome"
+
+
+Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Finished
+Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """A listener that does nothing."""

@@ -1,0 +1,164 @@
+"""What a finished run records about itself: provenance.json, the model card and the loss curve."""
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedConfig
+
+from abba_cli import __version__
+from abba_cli.data import PreparedData
+from abba_cli.loading import Base
+from abba_cli.plan import Plan
+from abba_cli.recipe import Recipe
+from abba_cli.recipe_file import dump_recipe
+from abba_cli.rundir import RunDir, write_atomically
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        steps: Optimizer steps made.
+        planned_steps: Steps that the recipe asked for; more than `steps` after early stopping.
+        used_step: The step whose adapter was kept, the best one or the last.
+        seconds: Training time, over all the starts of the run.
+        peak_memory_bytes: Largest peak of any start.
+        train_loss: Mean training loss over the last tenth of the steps.
+        eval_loss_before: Before the first step, where there is evaluation data.
+        eval_loss: Of the kept adapter.
+    """
+
+    steps: int
+    planned_steps: int
+    used_step: int
+    seconds: float
+    peak_memory_bytes: int
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+
+
+def write_provenance(
+    run: RunDir, recipe: Recipe, base: Base, config: PreTrainedConfig, data: PreparedData, plan: Plan, outcome: Outcome | None
+) -> None:
+    """Write provenance.json: without an outcome when a run starts, and again, last of all its files, when it has finished."""
+    sources = [source for audit in data.audit.values() for source in audit.sources]
+    files = {file: digest for source in sources for file, digest in source.sha256.items()}
+    record: dict[str, Any] = {
+        "abba": __version__,
+        "base": {
+            "name": recipe.model.name,
+            "gguf_file": recipe.model.gguf_file,
+            "loaded_from": base.location,
+            "revision": base.revision,
+            "commit": getattr(config, "_commit_hash", None),
+            "quantization": recipe.model.quantization,
+            "dtype": recipe.model.dtype,
+        },
+        "data": {"fingerprint": data.fingerprint, "files": files},
+        "seed": recipe.training.seed,
+        "parameters": {"trainable": plan.trainable, "total": plan.total, "layers": len(plan.layers)},
+        "outcome": vars(outcome) if outcome else None,
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "hardware": hardware(),
+    }
+    write_atomically(run.provenance_file, json.dumps(record, indent=2) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes; those not installed are left out."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, in so far as it decides what a run computes and how fast."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "cpu_threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Outcome) -> None:
+    """Write README.md, the model card that the hub shows."""
+    adapter = recipe.adapter
+    hub_base = recipe.model.name if base.location == recipe.model.name else None
+    card_data = ModelCardData(
+        base_model=hub_base,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["abba", "peft"],
+        datasets=[source.path for source in recipe.data.train if source.path.count("/") == 1] or None,
+    )
+    losses = [f"- training loss at the end: {outcome.train_loss:.4f}"] if outcome.train_loss is not None else []
+    if outcome.eval_loss is not None:
+        before = f" (before training: {outcome.eval_loss_before:.4f})" if outcome.eval_loss_before is not None else ""
+        losses.append(f"- evaluation loss: {outcome.eval_loss:.4f}{before}")
+    text = f"""---
+{card_data.to_yaml()}
+---
+
+# {run.path.name}
+
+An ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for `{recipe.model.name}`: every adapted weight is changed by
+s (B1 A1) * (B2 A2), with r1 = {adapter.r1}, r2 = {adapter.r2} and s = alpha^2 / sqrt(r1 r2), alpha = {adapter.alpha:g}.
+
+- trainable parameters: {plan.trainable:,} of {plan.total:,}, in {len(plan.layers)} layers
+- steps: {outcome.steps:,}; the adapter is the one after step {outcome.used_step:,}
+{chr(10).join(losses)}
+
+![loss](loss.png)
+
+## Use
+
+```python
+import abba_cli.adapter  # pip install abba-cli; teaches PEFT the method
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{run.path.name}")
+```
+
+## Recipe
+
+```yaml
+{dump_recipe(recipe).rstrip()}
+```
+"""
+    write_atomically(run.path / "README.md", text)
+
+
+def draw_losses(run: RunDir) -> None:
+    """Draw loss.png from metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = run.metrics()
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        window = max(1, len(losses) // 20)
+        smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+        axes.plot(steps, losses, color="#9bb7d4", linewidth=0.8, label="training, each step")
+        axes.plot(steps, smooth, color="#1f5a99", linewidth=1.8, label=f"training, mean of {window}")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#c8501e", marker="o", markersize=4, label="evaluation")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title=run.path.name)
+    axes.grid(alpha=0.25)
+    if train or held_out:
+        axes.legend(frameon=False)
+    figure.savefig(run.path / "loss.png", dpi=150)

@@ -1,0 +1,202 @@
+"""The schema of a recipe: every key, its type, default, unit and meaning stand here and nowhere else.
+
+The reference page (docs/recipe-reference.md) and `abba schema` are generated from these classes. A recipe is frozen: whoever
+needs another one makes it with `recipe_file.load_recipe(path, overrides)`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Rank = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _list_of_one(value: Any) -> Any:
+    """A single source may be written without the dash, and a bare string is its path."""
+    sources = value if isinstance(value, list) else [value]
+    return [{"path": source} if isinstance(source, str) else source for source in sources]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The base model, which stays frozen."""
+
+    name: str = Field(
+        min_length=1,
+        description="Hub id, local directory, or `package:IMPORT_NAME` for the folder of an installed Python package.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id; null is the default branch.")
+    gguf_file: str | None = Field(
+        None,
+        description="A GGUF file inside `name` to read the model from. It is dequantised once into a cached checkpoint, "
+        "which is then the recorded base.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Data type of the base's weights.")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="Quantise the base while loading (bitsandbytes): nf4 with double quantisation, or int8."
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "auto", description="Attention implementation of transformers; auto is the model's own default."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
+
+
+class AdapterSection(Section):
+    """What is trained: dW = s (B1 A1) * (B2 A2) on every targeted linear layer."""
+
+    method: Literal["abba"] = Field("abba", description="The adapter method.")
+    r1: Rank = Field(16, description="Rank of the first pair, which starts from the weight's singular vectors.")
+    r2: Rank = Field(16, description="Rank of the second pair, which starts at zero.")
+    alpha: float = Field(
+        16.0, gt=0, description="Sets the scale s = alpha^2 / sqrt(r1*r2). The paper finds 16 to 32 best; 64 collapses."
+    )
+    dropout: Share = Field(0.0, description="Dropout on the input of the update.")
+    targets: list[str] | str = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="Layers to adapt: a list of module names, `all-linear`, or one regular expression over full names.",
+    )
+    exclude: list[str] | str | None = Field(None, description="Layers to leave out, written as in `targets`.")
+    layers: list[int] | None = Field(None, description="Numbers of the blocks to adapt; null adapts all of them.")
+    rank_pattern: dict[str, Rank | tuple[Rank, Rank]] = Field(
+        {}, description="Other ranks for some layers: name or regular expression to N or [r1, r2]."
+    )
+    alpha_pattern: dict[str, float] = Field({}, description="Another alpha for some layers: name or regular expression.")
+    modules_to_save: list[str] = Field(
+        [], description="Modules that are trained whole and saved with the adapter, such as embed_tokens or lm_head."
+    )
+    init: Literal["svd", "random"] = Field(
+        "svd", description="Start of the first pair: the paper's truncated SVD of the weight, or random."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the factors.")
+    start_from: str | None = Field(
+        None, description="A trained adapter or run directory to go on from; its ranks and targets must be the recipe's."
+    )
+
+
+class SourceSection(Section):
+    """One data source. Rows of known columns need no mapping."""
+
+    path: str = Field(
+        min_length=1,
+        description="Hub id, local file or directory (json, jsonl, csv, parquet, txt), or `package:IMPORT_NAME/FILE`.",
+    )
+    subset: str | None = Field(None, description="Configuration name of a hub data set.")
+    split: str = Field("train", description="Split, with an optional slice: `train[:20000]`. Local files are `train`.")
+    prompt: str | None = Field(None, description="Jinja template over the row's columns: what the model is given.")
+    completion: str | None = Field(None, description="Jinja template over the row's columns: what it must answer.")
+    max_rows: int | None = Field(None, ge=1, description="Keep only the first N rows after the split.")
+    weight: float = Field(
+        1.0, gt=0, description="How often each row is seen: 2 repeats every row, 0.5 takes a seeded half of them."
+    )
+
+    @model_validator(mode="after")
+    def _completion_needs_prompt(self) -> "SourceSection":
+        if self.prompt is not None and self.completion is None:
+            raise ValueError("prompt needs a completion beside it")
+        return self
+
+
+Sources = Annotated[list[SourceSection], BeforeValidator(_list_of_one)]
+
+
+class DataSection(Section):
+    """What is learned."""
+
+    train: Annotated[Sources, Field(min_length=1)] = Field(description="Training sources, mixed by `weight`.")
+    eval: Sources = Field([], description="Held-out sources for the evaluation loss.")
+    template: str = Field(
+        "chat",
+        min_length=1,
+        description="How prompt and completion are laid out: none, alpaca, chat (the tokenizer's own), or the path of a "
+        "Jinja file.",
+    )
+    max_length_tokens: int = Field(1024, ge=8, description="Longer rows are cut at the end, and counted in the audit.")
+    packing: bool = Field(
+        False, description="Put several rows into one sequence of max_length_tokens; rows never see each other."
+    )
+    supervise: Literal["completion", "all", "assistant"] = Field(
+        "completion",
+        description="Where the loss is taken: the completion (the last answer), every token, or all assistant turns.",
+    )
+    allow_unsupervised_rows: bool = Field(
+        False, description="Drop rows without a supervised token instead of stopping with an error."
+    )
+
+
+class TrainingSection(Section):
+    """How it is learned."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
+    batch_size: int = Field(1, ge=1, description="Rows in a forward pass of each process (packed sequences with packing).")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes in an optimizer step.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("cosine", description="Course after the warm-up.")
+    warmup_ratio: Share = Field(0.02, description="Share of the steps in which the learning rate rises from zero.")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="AdamW (fused), or AdamW with 8-bit state (bitsandbytes)."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 turns it off.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
+    compile: bool = Field(False, description="torch.compile the model.")
+    seed: int = Field(42, ge=0, description="Seed of the factors' start, the order of the data and the dropout.")
+
+
+class EvaluationSection(Section):
+    """Evaluation during training, on `data.eval`."""
+
+    every_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null evaluates at the end only.")
+    batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes training.batch_size.")
+    keep_best: bool = Field(
+        True, description="With every_steps: end with the adapter of the lowest evaluation loss, not with the last one."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="With every_steps: stop after this many evaluations without a lower loss."
+    )
+    samples: int = Field(0, ge=0, description="Held-out prompts to answer at each evaluation, written to samples.jsonl.")
+    sample_max_tokens: int = Field(128, ge=1, description="Longest sample answer, in tokens.")
+
+
+class CheckpointsSection(Section):
+    """Checkpoints that a stopped run goes on from."""
+
+    every_steps: int = Field(200, ge=1, description="Steps between checkpoints; one is always written at the end.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints to keep; the best one is kept besides.")
+
+
+class LoggingSection(Section):
+    """Metrics, which always go to metrics.jsonl as well."""
+
+    every_steps: int = Field(1, ge=1, description="Steps between metrics.")
+    logger: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="A service that gets them too.")
+
+
+class Recipe(Section):
+    """One training run. `Recipe.model_validate(dict)` builds it in Python, `recipe_file.load_recipe` from YAML."""
+
+    model: ModelSection = Field(description="The base model, which stays frozen.")
+    adapter: AdapterSection = Field(AdapterSection(), description="What is trained.")
+    data: DataSection = Field(description="What is learned.")
+    training: TrainingSection = Field(TrainingSection(), description="How it is learned.")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="Evaluation during training.")
+    checkpoints: CheckpointsSection = Field(CheckpointsSection(), description="Checkpoints to go on from.")
+    logging: LoggingSection = Field(LoggingSection(), description="Metrics.")
+    output: str = Field(min_length=1, description="The run directory; relative to the current directory.")
+
+    @model_validator(mode="after")
+    def _evaluation_needs_rows(self) -> "Recipe":
+        if not self.data.eval:
+            asked = [key for key in ("every_steps", "patience") if getattr(self.evaluation, key) is not None]
+            asked += ["samples"] if self.evaluation.samples else []
+            if asked:
+                raise ValueError(f"evaluation.{asked[0]} needs held-out rows: add data.eval")
+        if self.evaluation.patience is not None and self.evaluation.every_steps is None:
+            raise ValueError("evaluation.patience counts evaluations: set evaluation.every_steps")
+        return self

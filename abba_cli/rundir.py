@@ -1,0 +1,270 @@
+"""The run directory: the one contract between `abba train` and every other command.
+
+    out/my-run/
+      adapter_config.json, adapter_model.safetensors   the trained adapter, as PEFT loads it (there only when the run has finished)
+      tokenizer*.json, chat_template.jinja             the tokenizer that it was trained with
+      recipe.yaml          the recipe as resolved, every key written out
+      metrics.jsonl        one line for each logged step and each evaluation
+      loss.png             the losses drawn
+      samples.jsonl        sample answers, where the recipe asks for them
+      provenance.json      versions, base, data fingerprints, hardware, time and memory
+      README.md            the model card
+      checkpoints/checkpoint-N/   a state to go on from; complete when its manifest.json fits its files
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abba_cli.errors import RecipeError, RunError
+from abba_cli.recipe import Recipe
+from abba_cli.recipe_file import differences, dump_recipe, load_recipe
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MANIFEST = "manifest.json"
+# A run may be continued with other values of these: they set how long it runs and what is reported, not what a step computes.
+# The data's content is held by its fingerprint, so that a folder may be moved.
+_MAY_CHANGE = ("output", "training.max_steps", "training.epochs", "checkpoints.", "logging.", "evaluation.", "data.eval")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory on disk.
+
+    Args:
+        path: The folder, which need not exist yet.
+    """
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def provenance_file(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the adapter stands at the top and the provenance, written last, tells how the run ended."""
+        if not all((self.path / name).is_file() for name in (*ADAPTER_FILES, self.provenance_file.name)):
+            return False
+        return self.provenance().get("outcome") is not None
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was started with."""
+        return load_recipe(self.recipe_file)
+
+    def provenance(self) -> dict[str, Any]:
+        """What `provenance.json` records.
+
+        Raises:
+            RunError: The file is missing or broken.
+        """
+        try:
+            loaded = json.loads(self.provenance_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {self.provenance_file}: {error}; the run has not finished, or the file is broken") from None
+        assert isinstance(loaded, dict)
+        return loaded
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged metrics, in order; a last line cut short by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Checkpoints whose manifest fits their files, oldest first."""
+        return [path for path in self._checkpoint_folders() if is_complete(path)]
+
+    def _checkpoint_folders(self) -> list[Path]:
+        folders = [path for path in self.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        return sorted(folders, key=checkpoint_step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint it goes on from: later metrics, samples and checkpoints."""
+        for file in (self.metrics_file, self.samples_file):
+            if file.exists():
+                rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if _is_json(line)]
+                kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+                write_atomically(file, "".join(kept))
+        for folder in self._checkpoint_folders():
+            if checkpoint_step(folder) > step:
+                shutil.rmtree(folder)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left that the next one would not overwrite, so that it can start over."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in (*ADAPTER_FILES, "recipe.yaml", "metrics.jsonl", "loss.png", "samples.jsonl", "provenance.json", "README.md"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None]:
+    """Decide what the output directory means for this recipe, without writing to it.
+
+    Args:
+        recipe: The recipe; `output` is the directory.
+        restart: Start over in a directory that holds a run.
+
+    Returns:
+        The run directory and the checkpoint to go on from (None starts from the beginning).
+
+    Raises:
+        RunError: The directory is not a run, belongs to another recipe, or its checkpoints are all broken.
+    """
+    run = RunDir(Path(recipe.output).expanduser())
+    if run.path.exists() and not run.path.is_dir():
+        raise RunError(f"output {run.path} is a file; expected a run directory or a name that is free")
+    nearest = next(folder for folder in (run.path.absolute(), *run.path.absolute().parents) if folder.is_dir())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write to {nearest}; choose another output")
+    if not run.path.exists() or not any(run.path.iterdir()):
+        return run, None
+    if not run.recipe_file.exists():
+        raise RunError(f"output {run.path} is not empty and not a run (no recipe.yaml in it); choose another output")
+    if restart:
+        return run, None
+    checkpoints = run.complete_checkpoints()
+    if not checkpoints and not run.finished:
+        return run, None  # a start that died before its first checkpoint
+    try:
+        before = run.recipe()
+    except RecipeError as error:
+        raise RunError(f"the run in {run.path} cannot be continued, its recipe is not readable (--restart starts over): {error}") from None
+    changed = {key: values for key, values in differences(before, recipe).items() if not _may_change(key)}
+    if changed:
+        lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
+        advice = "Choose another output, or --restart to start over and lose what is there."
+        raise RunError("\n".join([f"output {run.path} holds a run of another recipe:", *lines, advice]))
+    if not checkpoints:
+        raise RunError(f"the run in {run.path} has finished, but no complete checkpoint is left to go on from; --restart starts over")
+    return run, checkpoints[-1]
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith(_MAY_CHANGE) or (key.startswith("data.train") and key.endswith(".path"))
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the manifest, last of all: a checkpoint without it, or with other files than it lists, does not count."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _MANIFEST)
+    for path in files:
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
+    write_atomically(checkpoint / _MANIFEST, json.dumps(manifest, indent=1))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that the manifest lists is there, unchanged."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        return all(_digest(checkpoint / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def remove_old_checkpoints(run: RunDir, keep: int, best: Path | None) -> None:
+    """Keep the newest `keep` complete checkpoints and the best one; broken ones go too."""
+    complete = run.complete_checkpoints()
+    kept = {path.name for path in complete[-keep:]} | ({best.name} if best else set())
+    for path in run._checkpoint_folders():
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def start_run(run: RunDir, recipe: Recipe) -> None:
+    """Create the folder and write the resolved recipe into it."""
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.recipe_file, dump_recipe(recipe))
+
+
+def append_jsonl(file: Path, row: Mapping[str, Any]) -> None:
+    """Add one JSON line."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into one clear error.
+
+    Raises:
+        RunError: In place of an OSError, or of the library's own error when the disk has no room left.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error.strerror or error}{_room(path)}") from error
+    except Exception as error:
+        # safetensors and torch.save wrap "No space left on device" in errors of their own.
+        if "No space left" in str(error) or ("PytorchStreamWriter" in str(error) and _free_bytes(path) < 1 << 20):
+            raise RunError(f"cannot write to {path}: no space left on the disk{_room(path)}") from error
+        raise
+
+
+def _room(path: Path) -> str:
+    return f" ({_free_bytes(path) / 1e6:,.0f} MB free); make room or choose another output, then run the same command again"
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,261 @@
+"""`abba train`: run(recipe) -> run directory, in the order in which the recipe executes."""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
+
+from abba_cli import loading
+from abba_cli.batches import PackedBatches, PaddedBatches
+from abba_cli.data import PreparedData
+from abba_cli.data import prepare as prepare_data
+from abba_cli.errors import RunError, TrainingInterrupted
+from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
+from abba_cli.loop import AbbaTrainer, Recorder, arguments, extra_callbacks, peak_memory, quiet, total_steps
+from abba_cli.plan import Plan, make_plan
+from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
+from abba_cli.recipe import Recipe
+from abba_cli.recipe_file import load_recipe
+from abba_cli.rundir import RunDir, checkpoint_step, disk_errors, open_run, start_run
+from abba_cli.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything known about a run before a weight is read."""
+
+    run: RunDir
+    checkpoint: Path | None
+    base: loading.Base
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    plan: Plan
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+    listen: Listener = ignore,
+) -> RunDir:
+    """Train the adapter that a recipe describes, or go on with the run in its output directory.
+
+    Args:
+        recipe: A recipe, or the path of one.
+        overrides: `dotted.key=value` strings, for a recipe given as a path.
+        restart: Start over in an output directory that holds a run, which is lost.
+        listen: Called with every event of `abba_cli.events`.
+
+    Returns:
+        The finished run directory.
+
+    Raises:
+        AbbaError: Anything that the user can mend; see `abba_cli.errors`.
+        TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    ready = prepare(recipe, restart=restart, listen=listen, read_weights=True)
+    run, steps = ready.run, ready.plan.steps
+    if run.finished and ready.checkpoint and run.provenance()["outcome"]["planned_steps"] >= steps and not restart:
+        return _already_finished(ready, listen)
+    if ready.checkpoint is None:
+        run.clear()
+    else:
+        run.forget_after(checkpoint_step(ready.checkpoint))
+    start_run(run, recipe)
+    with disk_errors(run.path):
+        write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, None)
+
+    listen(Stage("Loading the base model"))
+    set_seed(recipe.training.seed)
+    model = loading.load_model(ready.base, recipe.model)
+    source = str(ready.checkpoint) if ready.checkpoint else recipe.adapter.start_from
+    adapted = loading.attach_adapter(
+        model,
+        recipe.adapter,
+        ready.base,
+        start_from=source,
+        progress=lambda done, total: listen(Stage("Starting from singular vectors", done, total)),
+    )
+    listen(Stage("Trying a save"))
+    _try_save(adapted, ready.plan, run)
+    outcome = fit(recipe, run, adapted, ready, listen)
+
+    listen(Stage("Writing the run directory"))
+    with disk_errors(run.path):
+        _place_adapter(adapted, run)
+        ready.tokenizer.save_pretrained(run.path)
+        draw_losses(run)
+        write_card(run, recipe, ready.base, ready.plan, outcome)
+        write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
+    listen(Finished(path=run.path, already=False, outcome=outcome))
+    return run
+
+
+def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore, read_weights: bool = False) -> Preparation:
+    """Check everything that can be checked before the weights are read: output, base, adapter, data, memory.
+
+    Args:
+        recipe: The recipe.
+        restart: As in `train`.
+        listen: Called with events.
+        read_weights: Make the cached checkpoint of a GGUF base, if there is none yet. A dry run does not.
+
+    Raises:
+        AbbaError: Whatever does not fit.
+    """
+    run, checkpoint = open_run(recipe, restart)
+    listen(Stage("Reading the model's configuration"))
+    loading.check_quantization(recipe.model)
+    base = loading.find_base(recipe.model)
+    if base.gguf_file and read_weights:
+        listen(Stage(f"Dequantising {base.gguf_file} (once)"))
+        base = loading.dequantised(base, recipe.model)
+    config = loading.load_config(base, recipe.model)
+    tokenizer = loading.load_tokenizer(base, recipe.model)
+    skeleton = loading.check_adapter(config, recipe.model, recipe.adapter, base)
+
+    listen(Stage("Reading the data"))
+    data = prepare_data(
+        recipe.data,
+        tokenizer,
+        recipe.training.seed,
+        samples=recipe.evaluation.samples,
+        progress=lambda done, total: listen(Stage("Tokenising", done, total)),
+    )
+    listen(Audited(data))
+    if checkpoint is not None:
+        _check_same_data(run, data)
+    steps = total_steps(recipe, len(data.train), _processes())
+    longest = max(data.train.data.table.column("input_ids").combine_chunks().value_lengths().to_pylist())
+    plan = make_plan(recipe, config, skeleton, steps, longest)
+    listen(Planned(plan))
+    return Preparation(run, checkpoint, base, config, tokenizer, data, plan)
+
+
+def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
+    """Train `model` in place, up to the recipe's steps, writing metrics and checkpoints into the run directory.
+
+    Raises:
+        TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        TrainingDiverged: The loss or the gradient norm is no longer finite.
+        RunError: The disk is full.
+    """
+    steps, data = ready.plan.steps, ready.data
+    first = checkpoint_step(ready.checkpoint) if ready.checkpoint else 0
+    recorder = Recorder(recipe, run, listen)
+    pad_id = ready.tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    trainer = quiet(
+        AbbaTrainer(
+            model=model,
+            args=arguments(recipe, run, steps, fresh=first == 0),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            data_collator=PackedBatches() if recipe.data.packing else PaddedBatches(pad_id),
+            callbacks=[recorder, Sampler(recipe, run, ready.tokenizer, data, listen), *extra_callbacks(recipe)],
+        )
+    )
+    listen(Started(first, steps, ready.checkpoint))
+    start = time.perf_counter()
+    if first < steps:
+        with recorder.signals(), disk_errors(run.path):
+            trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
+        state = trainer.state
+    else:
+        # Killed between the last checkpoint and the finished run: only the end is missing.
+        assert ready.checkpoint is not None
+        state = TrainerState.load_from_json(str(ready.checkpoint / "trainer_state.json"))
+    if recorder.signal_number is not None and state.global_step < steps:
+        raise TrainingInterrupted(
+            f"stopped after step {state.global_step} of {steps}; everything is saved in {run.path}. "
+            "Run the same command again to go on",
+            recorder.signal_number,
+        )
+    used = state.global_step
+    if recipe.evaluation.keep_best and state.best_global_step and state.best_global_step != state.global_step:
+        used = state.best_global_step
+        best = load_peft_weights(str(run.checkpoints / f"checkpoint-{used}"), device="cpu")
+        set_peft_model_state_dict(model, best)
+    return _outcome(run, state.global_step, steps, used, time.perf_counter() - start)
+
+
+def _outcome(run: RunDir, made: int, planned: int, used: int, seconds: float) -> Outcome:
+    rows = run.metrics()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    tail = losses[-max(1, len(losses) // 10) :]
+    held_out = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    return Outcome(
+        steps=made,
+        planned_steps=planned,
+        used_step=used,
+        seconds=round(seconds, 1),
+        peak_memory_bytes=peak_memory(),
+        train_loss=sum(tail) / len(tail) if tail else None,
+        eval_loss_before=held_out.get(0),
+        eval_loss=held_out.get(used),
+    )
+
+
+def _already_finished(ready: Preparation, listen: Listener) -> RunDir:
+    outcome = Outcome(**ready.run.provenance()["outcome"])
+    listen(Finished(path=ready.run.path, already=True, outcome=outcome))
+    return ready.run
+
+
+def _check_same_data(run: RunDir, data: PreparedData) -> None:
+    try:
+        before = run.provenance()["data"]["fingerprint"]
+    except RunError:
+        return
+    if before != data.fingerprint:
+        raise RunError(
+            f"the training data is not what the run in {run.path} was started with (fingerprint {data.fingerprint[:12]}, "
+            f"there {before[:12]}); bring the old data back, choose another output, or --restart to start over"
+        )
+
+
+def _try_save(model: PeftModel, plan: Plan, run: RunDir) -> None:
+    """Save once before the first step, so that a run does not find out at its end that it cannot.
+
+    Raises:
+        RunError: The directory cannot be written, or has no room for two checkpoints.
+    """
+    trial = run.path / ".trial"
+    with disk_errors(run.path):
+        try:
+            model.save_pretrained(str(trial))
+            adapter = sum(file.stat().st_size for file in trial.rglob("*") if file.is_file())
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    # A checkpoint is the adapter and the optimizer's state; a new one is complete before an old one goes.
+    needed = 2 * (adapter + plan.memory["optimizer state"])
+    free = shutil.disk_usage(run.path).free
+    if free < needed:
+        raise RunError(
+            f"the disk of {run.path} has {free / 1e6:,.0f} MB free, checkpoints need {needed / 1e6:,.0f} MB; "
+            "make room or choose another output"
+        )
+
+
+def _place_adapter(model: PeftModel, run: RunDir) -> None:
+    """Put the adapter at the top of the run directory, each file whole or not at all."""
+    partial = run.path / ".final"
+    try:
+        model.save_pretrained(str(partial))
+        for file in partial.iterdir():
+            os.replace(file, run.path / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,363 @@
+"""Write the quickstart's data: arithmetic word problems with worked answers, one JSONL file to train on and one held out.
+
+    python recipes/data/make_word_problems.py [FOLDER]
+
+Each row has a `question` and an `answer`; the answer writes every step as "a op b = c" and ends "The answer is: N".
+The files depend on nothing but this script, so running it again gives the same bytes. No held-out question, and no
+held-out combination of numbers within a kind of problem, occurs in the training file.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+SEED = 20250514
+TRAIN_ROWS_PER_FAMILY = 240
+HELDOUT_ROWS_PER_FAMILY = 20
+TRAIN_FILE = "word_problems.jsonl"
+HELDOUT_FILE = "word_problems_heldout.jsonl"
+
+HIGHEST_NUMBER = 199
+"""No number of a problem, intermediate results included, is above this."""
+
+SHE = ("Mia", "Anna", "Zoe", "Lucy", "Emma", "Nina", "Ruth", "Clara", "Maya", "Iris", "Sofia", "Grace")
+HE = ("Tom", "Leo", "Ben", "Omar", "Jack", "Paul", "Ravi", "Hugo", "Noah", "Carl", "Ivan", "Luke")
+WARES = (
+    "pens",
+    "books",
+    "cups",
+    "plates",
+    "candles",
+    "posters",
+    "brushes",
+    "balls",
+    "hats",
+    "scarves",
+    "lamps",
+    "mugs",
+)
+THINGS = ("marbles", "stickers", "stamps", "coins", "cards", "beads", "shells", "buttons")
+FRUITS = ("apples", "pears", "plums", "lemons", "oranges", "peaches", "cherries", "figs")
+BAKES = ("cookies", "muffins", "rolls", "tarts", "buns", "scones", "waffles", "cupcakes")
+CONTAINERS = ("boxes", "bags", "jars", "packs", "tins", "baskets")
+SINGULAR = {"boxes": "box", "brushes": "brush", "scarves": "scarf", "peaches": "peach", "cherries": "cherry"}
+SYMBOLS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One word problem.
+
+    Attributes:
+        question: The text of the problem.
+        sentences: The worked steps, one sentence each.
+        result: The number asked for, which is the result of the last step.
+        numbers: The numbers the question states, in a fixed order: with the family they identify the arithmetic.
+    """
+
+    question: str
+    sentences: tuple[str, ...]
+    result: int
+    numbers: tuple[int, ...]
+
+    def row(self) -> dict[str, str]:
+        """Return the problem as a row of the data set."""
+        return {"question": self.question, "answer": " ".join((*self.sentences, f"The answer is: {self.result}"))}
+
+
+class Unsuitable(Exception):
+    """The numbers drawn give a step that is fractional, too small or too large; the caller draws again."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """A name with its pronouns, so that sentences agree."""
+
+    name: str
+    they: str
+    their: str
+
+    @property
+    def They(self) -> str:
+        """The pronoun at the start of a sentence."""
+        return self.they.capitalize()
+
+
+def main(folder: Path) -> None:
+    """Write both files into `folder`.
+
+    Args:
+        folder: An existing directory.
+    """
+    train, heldout = make_rows()
+    for name, rows in ((TRAIN_FILE, train), (HELDOUT_FILE, heldout)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_text(lines, encoding="utf-8", newline="\n")
+        print(f"{folder / name}: {len(rows)} rows")
+
+
+def make_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Draw the problems of every family, each with numbers of its own.
+
+    Returns:
+        The training rows and the held-out rows, both shuffled, every family equally often in each.
+    """
+    train: list[dict[str, str]] = []
+    heldout: list[dict[str, str]] = []
+    for family in FAMILIES:
+        # A generator for each family keeps the others' rows unchanged when one is edited.
+        rng = Random(f"{SEED}:{family.__name__}")
+        problems: dict[tuple[int, ...], Problem] = {}
+        while len(problems) < HELDOUT_ROWS_PER_FAMILY + TRAIN_ROWS_PER_FAMILY:
+            try:
+                problem = family(rng)
+            except Unsuitable:
+                continue
+            problems.setdefault(problem.numbers, problem)
+        rows = [problem.row() for problem in problems.values()]
+        heldout += rows[:HELDOUT_ROWS_PER_FAMILY]
+        train += rows[HELDOUT_ROWS_PER_FAMILY:]
+    Random(SEED).shuffle(train)
+    Random(SEED).shuffle(heldout)
+    return train, heldout
+
+
+def step(a: int, symbol: str, b: int) -> tuple[str, int]:
+    """Work out one step.
+
+    Args:
+        a: The left number.
+        symbol: One of + - * /.
+        b: The right number.
+
+    Returns:
+        The step as text, "a op b = c", and its result c.
+
+    Raises:
+        Unsuitable: c is fractional, below 2 (so that every noun stays plural) or above HIGHEST_NUMBER.
+    """
+    if symbol == "/" and a % b:
+        raise Unsuitable
+    result = SYMBOLS[symbol](a, b)
+    if not 2 <= result <= HIGHEST_NUMBER:
+        raise Unsuitable
+    return f"{a} {symbol} {b} = {result}", result
+
+
+def person(rng: Random, other_than: Person | None = None) -> Person:
+    """Draw a person, different from `other_than`."""
+    people = [Person(name, "she", "her") for name in SHE] + [Person(name, "he", "his") for name in HE]
+    return rng.choice([one for one in people if one != other_than])
+
+
+def one(plural: str) -> str:
+    """Return the singular of one of this file's nouns."""
+    return SINGULAR.get(plural, plural[:-1])
+
+
+# The families. Each draws its numbers and words, works the steps out, and tells the story in one of several ways.
+# The numbers are sized to what a model of 135 M parameters learns within minutes: products of one-digit numbers, sums below
+# 200, and subtractions of one digit only, since it learns the wording in 30 steps but two-digit subtraction not in 60.
+
+
+def shopping(rng: Random) -> Problem:
+    """Two kinds of things at two prices: a * p + b * q."""
+    who, (ware, other) = person(rng), rng.sample(WARES, 2)
+    a, p, b, q = (rng.randint(2, 6) for _ in range(4))
+    first, cost = step(a, "*", p)
+    second, other_cost = step(b, "*", q)
+    total, result = step(cost, "+", other_cost)
+    prices = f"{ware} for {p} dollars each and {b} {other} for {q} dollars each"
+    stories = (
+        f"{who.name} buys {a} {prices}. How many dollars does {who.they} spend?",
+        f"{who.name} orders {a} {prices}. How much does {who.they} pay in dollars?",
+        f"A shop sells {a} {prices}. How many dollars does it take in?",
+    )
+    sentences = (
+        f"The {ware} cost {first} dollars.",
+        f"The {other} cost {second} dollars.",
+        f"The total is {total} dollars.",
+    )
+    return Problem(rng.choice(stories), sentences, result, (a, p, b, q))
+
+
+def coupon(rng: Random) -> Problem:
+    """A price with something off: a * p - c."""
+    who, ware = person(rng), rng.choice(WARES)
+    a, p, c = (rng.randint(2, 9) for _ in range(3))
+    price, cost = step(a, "*", p)
+    rest, result = step(cost, "-", c)
+    stories = (
+        f"{who.name} buys {a} {ware} for {p} dollars each and has a coupon for {c} dollars. How many dollars are to pay?",
+        f"One {one(ware)} costs {p} dollars. {who.name} buys {a} and gets {c} dollars off. What does {who.they} pay?",
+        f"{who.name} sells {a} {ware} for {p} dollars each and spends {c} dollars. How many dollars are left?",
+    )
+    sentences = (f"The {ware} cost {price} dollars.", f"The rest is {rest} dollars.")
+    return Problem(rng.choice(stories), sentences, result, (a, p, c))
+
+
+def sharing(rng: Random) -> Problem:
+    """Things from containers, with some extra, shared equally: (a * b + c) / k."""
+    who, thing, container = person(rng), rng.choice(THINGS), rng.choice(CONTAINERS)
+    a, b, c, k = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 9), rng.randint(2, 6)
+    packed, inside = step(a, "*", b)
+    everything, total = step(inside, "+", c)
+    share, result = step(total, "/", k)
+    if result > 9:
+        raise Unsuitable
+    stories = (
+        f"{k} friends share {a} {container} of {b} {thing} and {c} loose {thing}. How many {thing} does each get?",
+        f"{who.name} has {a} {container} of {b} {thing} and {c} more. {k} children share them. How many does each get?",
+        f"There are {a} {container} of {b} {thing} and {c} extra {thing} for {k} players. How many does each player get?",
+    )
+    sentences = (
+        f"The {container} hold {packed} {thing}.",
+        f"The total is {everything} {thing}.",
+        f"Each gets {share} {thing}.",
+    )
+    return Problem(rng.choice(stories), sentences, result, (a, b, c, k))
+
+
+def distance(rng: Random) -> Problem:
+    """A steady journey and a last stretch: h * v + d."""
+    who, vehicle = person(rng), rng.choice(("train", "bus", "truck", "van"))
+    h, v, d = rng.randint(2, 4), 10 * rng.randint(2, 6), rng.randint(2, 30)
+    steady, part = step(h, "*", v)
+    whole, result = step(part, "+", d)
+    stories = (
+        f"A {vehicle} goes {v} miles an hour for {h} hours and then {d} more miles. How many miles is that?",
+        f"{who.name} drives for {h} hours at {v} miles an hour and then {d} miles. How far does {who.they} drive?",
+        f"{who.name} cycles {v} miles a day for {h} days, then {d} miles home. How many miles is that?",
+    )
+    sentences = (f"The first part is {steady} miles.", f"The total is {whole} miles.")
+    return Problem(rng.choice(stories), sentences, result, (h, v, d))
+
+
+def savings(rng: Random) -> Problem:
+    """Money saved every week, on top of some: w * a + s."""
+    who = person(rng)
+    w, a, s = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 20)
+    weekly, saved = step(w, "*", a)
+    everything, result = step(saved, "+", s)
+    stories = (
+        f"{who.name} has {s} dollars and saves {a} dollars a week. How many dollars are there after {w} weeks?",
+        f"{who.name} earns {a} dollars a week for {w} weeks and had {s} dollars before. How many dollars is that?",
+        f"A jar holds {s} dollars. For {w} weeks {who.name} adds {a} dollars a week. How many dollars does it hold?",
+    )
+    sentences = (f"The {w} weeks bring {weekly} dollars.", f"The total is {everything} dollars.")
+    return Problem(rng.choice(stories), sentences, result, (w, a, s))
+
+
+def baking(rng: Random) -> Problem:
+    """Trays baked, some lost: t * c - x."""
+    who, bake = person(rng), rng.choice(BAKES)
+    t, c, x = (rng.randint(2, 9) for _ in range(3))
+    baked, total = step(t, "*", c)
+    kept, result = step(total, "-", x)
+    stories = (
+        f"{who.name} bakes {t} trays of {c} {bake} each, but {x} {bake} burn. How many good {bake} are there?",
+        f"There are {t} trays with {c} {bake} on each. {who.name} eats {x} of them. How many {bake} are left?",
+        f"{who.name} makes {t} trays of {c} {bake} and gives {x} {bake} away. How many {bake} does {who.they} keep?",
+    )
+    sentences = (f"The trays hold {baked} {bake}.", f"The rest is {kept} {bake}.")
+    return Problem(rng.choice(stories), sentences, result, (t, c, x))
+
+
+def reading(rng: Random) -> Problem:
+    """Pages read at a steady rate and some more: d * p + q."""
+    who, work = person(rng), rng.choice(("book", "novel", "comic", "story", "diary", "guide"))
+    d, p, q = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 20)
+    daily, read = step(d, "*", p)
+    everything, result = step(read, "+", q)
+    stories = (
+        f"{who.name} reads {p} pages of a {work} a day for {d} days and {q} pages on Sunday. How many pages is that?",
+        f"For {d} days {who.name} reads {p} pages of a {work} a day, then {q} more pages. How many has {who.they} read?",
+        f"{who.name} writes {p} pages of a {work} on each of {d} days, then {q} more. How many pages does it have?",
+    )
+    sentences = (f"The {d} days make {daily} pages.", f"The total is {everything} pages.")
+    return Problem(rng.choice(stories), sentences, result, (d, p, q))
+
+
+def wages(rng: Random) -> Problem:
+    """Hours of two days at an hourly wage, with tips: (h + g) * p + t."""
+    who, (day, next_day) = person(rng), rng.sample(("Monday", "Tuesday", "Friday", "Saturday", "Sunday"), 2)
+    h, g, p, t = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
+    together, hours = step(h, "+", g)
+    if hours > 9:
+        raise Unsuitable
+    paid, wage = step(hours, "*", p)
+    everything, result = step(wage, "+", t)
+    times = f"{h} hours on {day} and {g} hours on {next_day} for {p} dollars an hour"
+    stories = (
+        f"{who.name} works {times}, and gets {t} dollars in tips. How many dollars is that?",
+        f"{who.name} paints {times}, plus {t} dollars for the way. How many dollars does {who.they} get?",
+        f"{who.name} mows lawns {times}, and finds {t} dollars. How many dollars does {who.they} have?",
+    )
+    sentences = (
+        f"That is {together} hours.",
+        f"The hours bring {paid} dollars.",
+        f"The total is {everything} dollars.",
+    )
+    return Problem(rng.choice(stories), sentences, result, (h, g, p, t))
+
+
+def picking(rng: Random) -> Problem:
+    """One has a multiple of the other's, and some are used: k * a + a - x."""
+    who, fruit = person(rng), rng.choice(FRUITS)
+    friend = person(rng, other_than=who)
+    k, a, x = rng.randint(2, 5), rng.randint(2, 12), rng.randint(2, 9)
+    times, more = step(k, "*", a)
+    together, total = step(more, "+", a)
+    rest, result = step(total, "-", x)
+    stories = (
+        f"{who.name} picks {a} {fruit}, {friend.name} picks {k} times as many, and they eat {x}. How many are left?",
+        f"{who.name} has {a} {fruit}, {friend.name} has {k} times as many, and they sell {x}. How many do they keep?",
+        f"{who.name} buys {a} {fruit}, {friend.name} buys {k} times as many, and {x} are bad. How many are good?",
+    )
+    sentences = (
+        f"{friend.name} has {times} {fruit}.",
+        f"The total is {together} {fruit}.",
+        f"The rest is {rest} {fruit}.",
+    )
+    return Problem(rng.choice(stories), sentences, result, (k, a, x))
+
+
+def passengers(rng: Random) -> Problem:
+    """People getting off and on: a - b + c."""
+    vehicle, driver = rng.choice(("bus", "train", "tram", "ferry", "boat")), person(rng)
+    a, b, c = rng.randint(12, 40), rng.randint(2, 9), rng.randint(2, 9)
+    off, fewer = step(a, "-", b)
+    on, result = step(fewer, "+", c)
+    stories = (
+        f"A {vehicle} has {a} people. At a stop {b} people get off and {c} get on. How many people are on it now?",
+        f"{driver.name} drives a {vehicle} with {a} people. Then {b} leave and {c} come in. How many people are there?",
+        f"Of {a} people on a {vehicle}, {b} get off, and {c} others get on. How many people does it carry now?",
+    )
+    sentences = (f"First there are {off} people.", f"Then there are {on} people.")
+    return Problem(rng.choice(stories), sentences, result, (a, b, c))
+
+
+FAMILIES: tuple[Callable[[Random], Problem], ...] = (
+    shopping,
+    coupon,
+    sharing,
+    distance,
+    savings,
+    baking,
+    reading,
+    wages,
+    picking,
+    passengers,
+)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
