@@ -94,5 +94,12 @@ def main() -> None:
 
 def _quiet_libraries() -> None:
     """Keep libraries from printing over the display; must run before they are imported."""
+    import logging
+    import warnings
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Notices to developers, such as peft 0.21.2 asking transformers 5.23 for a name that version 6 will drop.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # bitsandbytes 0.50 tells everyone with a CPU that an optional kernel package is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -298,9 +298,7 @@ def _examples(source: _Loaded, rows: Sequence[tuple[int, dict[str, Any]]]) -> It
             raise DataError(f"{source.section.path}, row {number}: {error}") from error
 
 
-def _encode(
-    source: _Loaded, rows: Sequence[tuple[int, dict[str, Any]]], data: DataSection, template: Template
-) -> list[TokenRow]:
+def _encode(source: _Loaded, rows: Sequence[tuple[int, dict[str, Any]]], data: DataSection, template: Template) -> list[TokenRow]:
     laid_out = []
     for (number, _), example in zip(rows, _examples(source, rows), strict=True):
         try:
@@ -334,8 +332,8 @@ def _unsupervised(source: _Loaded, lost: Sequence[tuple[int, int]], limit: int) 
     number, needed = max(cut, key=lambda one: one[1])
     least = min(needed for _, needed in cut)
     return DataError(
-        f"{which} of {source.section.path} are cut before their answer begins: data.max_length_tokens is {limit}, row {number} "
-        f"needs at least {needed}"
+        f"{which} of {source.section.path} are cut before their answer begins: data.max_length_tokens is {limit}, "
+        f"row {number} needs at least {needed}"
         + (f", the shortest at least {least}" if least < needed else "")
         + f": raise it{drop}"
     )
@@ -346,16 +344,13 @@ def _as_table(columns: dict[str, list[list[int]]]) -> pa.Table:
 
 
 def _pack_table(table: pa.Table, capacity: int) -> pa.Table:
-    """Join rows into sequences; the first token of every row has no label already, so none is learnt across a border."""
+    """Join rows into sequences; the first token of every row has no label already, so none is learnt across borders."""
     lengths = table.column("input_ids").chunk(0).value_lengths().to_pylist()
     sequences = pack(lengths, capacity)
     documents = [[lengths[row] for row in sequence] for sequence in sequences]
     ends = pa.array([0, *accumulate(map(sum, documents))], pa.int32())
     ordered = table.take([row for sequence in sequences for row in sequence]).combine_chunks()
-    columns = {
-        name: pa.ListArray.from_arrays(ends, ordered.column(name).chunk(0).flatten())
-        for name in ("input_ids", "labels")
-    }
+    columns = {name: pa.ListArray.from_arrays(ends, ordered.column(name).chunk(0).flatten()) for name in ("input_ids", "labels")}
     return pa.table({**columns, "document_lengths": pa.array(documents, pa.list_(pa.int32()))})
 
 
@@ -423,16 +418,14 @@ def _read(source: SourceSection) -> tuple[Rows, dict[str, str]]:
         return _read_hub(source), {}
     wanted = source.split.partition("[")[0]
     files = _files(path)
-    rows = {
-        name: [row for file in group for row in _read_file(file)] for name, group in files.items() if name == wanted
-    }
+    rows = {name: [row for file in group for row in _read_file(file)] for name, group in files.items() if name == wanted}
     sizes = {name: len(rows.get(name, ())) for name in files}
     try:
         [part] = ReadInstruction.from_spec(source.split).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"{source.path} has no split `{source.split}`: expected {' or '.join(sizes)}, with an optional slice such as "
-            "train[:1000] or train[10%:]"
+            f"{source.path} has no split `{source.split}`: expected {' or '.join(sizes)}, with an optional slice such "
+            "as train[:1000] or train[10%:]"
         ) from error
     sha256 = {}
     for file in files[wanted]:
@@ -455,7 +448,7 @@ def _local_path(path: str) -> Path | None:
 
 
 def _files(path: Path) -> dict[str, list[Path]]:
-    """Return the data files of a path by split: a file is `train`, a directory's files say `test` and the like in their names."""
+    """Return the data files of a path by split: a file is `train`, a directory's files may name theirs (test.jsonl)."""
     if not path.exists():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         close = get_close_matches(path.name, beside, n=1)
@@ -467,9 +460,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
     for file in sorted(path.iterdir()):
         if file.name.removesuffix(".gz").endswith(SUFFIXES):
             words = re.split(r"[^a-z]+", file.name.lower())
-            found.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []).append(
-                file
-            )
+            found.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []).append(file)
     if not found:
         raise DataError(f"the directory {path} holds no data file: expected {', '.join(SUFFIXES)}")
     return found
@@ -552,9 +543,7 @@ def _hub_error(source: SourceSection, error: Exception) -> DataError:
     if isinstance(error, ConnectionError):
         return DataError(f"{source.path} is no local file, and the hub cannot be reached to look for it there: {text}")
     if isinstance(error, FileNotFoundError):
-        return DataError(
-            f"{source.path} is neither a local file nor a data set of the hub that you can see ({page}): {text}"
-        )
+        return DataError(f"{source.path} is neither a local file nor a data set of the hub that you can see ({page}): {text}")
     return DataError(f"{source.path} (subset {source.subset}, split {source.split}) cannot be loaded: {text}")
 
 

@@ -67,7 +67,7 @@ class Example:
 
     Attributes:
         messages: The conversation; empty for plain text.
-        input: What the last user message refers to (Alpaca's `input`), kept apart because the Alpaca prompt has a place for it.
+        input: What the last user message refers to (Alpaca's `input`); the Alpaca prompt has its own place for it.
         text: Plain text to continue; None for a conversation.
     """
 
@@ -108,7 +108,7 @@ def reader_for(columns: Sequence[str], prompt: str | None = None, completion: st
         The reader. An optional `system` column becomes the system message of every shape but text.
 
     Raises:
-        DataError: The columns are of no known shape, or a template cannot be parsed or names a column that is not there.
+        DataError: The columns are of no known shape, or a template cannot be parsed.
     """
     if completion is not None:
         return _templated_reader(columns, prompt, completion)
@@ -128,7 +128,7 @@ def reader_for(columns: Sequence[str], prompt: str | None = None, completion: st
 
 
 def sandbox() -> ImmutableSandboxedEnvironment:
-    """Return the Jinja environment of every template a user writes: sandboxed, strict, a null value renders as nothing."""
+    """Return the Jinja environment of every template a user writes: sandboxed, strict, null renders as nothing."""
     return ImmutableSandboxedEnvironment(
         undefined=StrictUndefined,
         finalize=lambda value: "" if value is None else value,
@@ -155,9 +155,7 @@ def compile_template(source: str, what: str) -> Callable[[Row], str]:
         template = environment.from_string(source)
         names = meta.find_undeclared_variables(environment.parse(source))
     except TemplateSyntaxError as error:
-        raise DataError(
-            f"{what} is not a valid Jinja template: {error.message} (line {error.lineno}): {source!r}"
-        ) from error
+        raise DataError(f"{what} is not a valid Jinja template: {error.message} (line {error.lineno}): {source!r}") from error
 
     def render(variables: Row) -> str:
         try:
@@ -206,9 +204,7 @@ def _pair_reader(asked: str, answered: str, context: tuple[str, ...]) -> Callabl
     def read(row: Row) -> Example:
         answer = row.get(answered)
         answers = _messages(answer, answered) if isinstance(answer, list) else None
-        return _pair(
-            row, _prompt_messages(row, asked), answers or (Message("assistant", _text(row, answered)),), context
-        )
+        return _pair(row, _prompt_messages(row, asked), answers or (Message("assistant", _text(row, answered)),), context)
 
     return read
 
@@ -254,7 +250,7 @@ def _message(entry: Any, where: str) -> Message:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where} must be a message with role and content (or from and value), found {_shown(entry)}")
     role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where} has the role {_shown(role)}, expected one of {', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)

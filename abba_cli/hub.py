@@ -62,7 +62,7 @@ def reason_for(error: BaseException, page: str) -> str | None:
             return f"the hub answered with status {status}; try again later"
         if isinstance(cause, HFValidationError):
             return "it is neither a local directory nor a hub id (OWNER/NAME)"
-    if "no file named model.safetensors" in text or "safetensors" in text and "does not appear to have" in text:
+    if "no file named model.safetensors" in text or ("safetensors" in text and "does not appear to have" in text):
         return _PICKLE if ".bin" in text or "model.safetensors" in text else None
     for cause in _chain(error):
         offline = isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError))
@@ -92,9 +92,9 @@ def _chain(error: BaseException) -> list[BaseException]:
 def no_progress_bars() -> Iterator[None]:
     """Silence the libraries' own bars for small local steps; downloads keep theirs."""
     was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_on:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from abba_cli.adapter import AbbaConfig
+from abba_cli.adapter import AbbaConfig, svd_progress
 from abba_cli.errors import ModelError
 from abba_cli.hub import explain, no_progress_bars
 from abba_cli.recipe import AdapterSection, ModelSection
@@ -162,7 +162,7 @@ def load_config(base: Base, model: ModelSection) -> PreTrainedConfig:
 def skeleton(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
     """The model's modules and shapes on the meta device, without memory or weights."""
     with explain(f"model {config.name_or_path}"), init_empty_weights():
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
         )
     built.tie_weights()
@@ -190,14 +190,14 @@ def load_model(base: Base, model: ModelSection) -> PreTrainedModel:
     if model.attention != "auto":
         keywords["attn_implementation"] = model.attention
     if model.quantization == "nf4":
-        keywords["quantization_config"] = BitsAndBytesConfig(
+        keywords["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, model.dtype),
         )
     elif model.quantization == "int8":
-        keywords["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        keywords["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     device = PartialState().device
     if device.type != "cpu":
         keywords["device_map"] = {"": device}
@@ -206,6 +206,7 @@ def load_model(base: Base, model: ModelSection) -> PreTrainedModel:
             base.location, trust_remote_code=model.trust_remote_code, **base.keywords(), **keywords
         )
     loaded.requires_grad_(False)
+    loaded.config.use_cache = False  # training needs none; generation asks for its own
     return loaded
 
 
@@ -238,11 +239,13 @@ def attach_adapter(
         with init_empty_weights():
             adapted = _inject(model, config, adapter, kinds)
     else:
-        from abba_cli.adapter import svd_progress
-
-        with svd_progress(progress):
+        with svd_progress(progress or _ignore_progress):
             adapted = _inject(model, config, adapter, kinds)
     return adapted
+
+
+def _ignore_progress(done: int, total: int) -> None:
+    pass
 
 
 def adapter_config(adapter: AdapterSection, base: Base) -> AbbaConfig:
@@ -296,7 +299,7 @@ def check_adapter(config: PreTrainedConfig, model: ModelSection, adapter: Adapte
         ModelError: A target matches no layer (the message lists those that exist), or a rank exceeds a layer's smaller side.
     """
     bare = skeleton(config, model)
-    head = bare.get_output_embeddings()
+    head = bare.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = [name for name, module in bare.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     adapted = attach_adapter(bare, adapter, base, kinds=kinds)

@@ -1,5 +1,6 @@
 """The training loop: transformers' Trainer with the recipe's settings, an exact evaluation loss, and run-directory callbacks."""
 
+import dataclasses
 import math
 import resource
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -24,6 +24,7 @@ from transformers import (
 
 from abba_cli.errors import TrainingDiverged
 from abba_cli.events import Evaluated, Listener, Saved, Stepped
+from abba_cli.loss import row_losses
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, append_jsonl, disk_errors, remove_old_checkpoints, seal_checkpoint
 
@@ -51,6 +52,10 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
     training, evaluation = recipe.training, recipe.evaluation
     cuda = torch.cuda.is_available()
     evaluating = bool(recipe.data.eval)
+    # Renamed in transformers 5.23; the old name goes with version 6.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    recompute: dict[str, Any] = {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}}
     built = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=steps,
@@ -63,8 +68,7 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         optim=_OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        **(recompute if training.gradient_checkpointing else {}),
         torch_compile=training.compile,
         seed=training.seed,
         # No autocast for bfloat16: the base is bfloat16, and the adapter casts its own float32 factors. Only float16 needs the
@@ -111,12 +115,8 @@ class AbbaTrainer(Trainer):
         losses, counts = [torch.zeros(0)], [torch.zeros(0)]
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            token_losses = functional.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-            ).view_as(labels)
-            rows = (token_losses.sum(1), (labels != -100).sum(1).float())
+            labels = batch.pop("labels")
+            rows = row_losses(model(**{**batch, "use_cache": False}).logits, labels)
             loss, count = self.accelerator.gather_for_metrics(rows)
             losses.append(loss.cpu())
             counts.append(count.cpu())
@@ -147,9 +147,7 @@ class Recorder(TrainerCallback):
         if control.should_save or control.should_evaluate:
             control.should_log = True
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
             return
         bad = [key for key in ("loss", "grad_norm") if not math.isfinite(logs.get(key, 0.0))]
@@ -173,12 +171,18 @@ class Recorder(TrainerCallback):
         with disk_errors(self.run.path):
             append_jsonl(self.run.metrics_file, row)
         event = Stepped(
-            state.global_step, state.max_steps, logs["loss"], logs["learning_rate"], logs.get("grad_norm"), speed, peak_memory()
+            state.global_step,
+            state.max_steps,
+            logs["loss"],
+            logs["learning_rate"],
+            logs.get("grad_norm"),
+            speed,
+            peak_memory(),
         )
         self.listen(event)
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
     ) -> None:
         loss, step = metrics["eval_loss"], state.global_step
         best = step > 0 and (state.best_metric is None or loss < state.best_metric)

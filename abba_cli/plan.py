@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from abba_cli.loading import AdaptedLayer, adapted_layers
@@ -78,9 +78,15 @@ def make_plan(recipe: Recipe, config: PreTrainedConfig, adapted: PeftModel, step
     )
 
 
+def _base(adapted: PeftModel) -> PreTrainedModel:
+    base = adapted.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
 def _linear_shapes(adapted: PeftModel) -> list[tuple[int, int]]:
     """(m, n) of every linear layer but the head."""
-    head = adapted.get_base_model().get_output_embeddings()
+    head = _base(adapted).get_output_embeddings()  # type: ignore[no-untyped-call]
     shapes = []
     for module in adapted.modules():
         if module is head:
@@ -102,8 +108,8 @@ def _base_bytes(recipe: Recipe, adapted: PeftModel, trainable: int) -> int:
 def _activation_bytes(recipe: Recipe, adapted: PeftModel, tokens: int) -> int:
     """Kept for backward: inputs and outputs of the linear layers, and what norms and residuals keep beside them."""
     width = _DTYPE_BYTES[recipe.model.dtype]
-    config = adapted.get_base_model().config.get_text_config()
-    blocks, hidden = config.num_hidden_layers, config.hidden_size
+    config = _base(adapted).config.get_text_config()
+    blocks, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     outputs = sum(m for m, _ in _linear_shapes(adapted))
     inputs = sum(n for _, n in _linear_shapes(adapted)) * 4 // 7  # q/k/v share one input, gate/up another
     norms = 2 * blocks * hidden * 2  # each keeps a float32 copy of its input, two of the dtype's values

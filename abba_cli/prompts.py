@@ -1,4 +1,4 @@
-"""One prompt template, used by training AND evaluation: which text the model is given, and which text it must answer."""
+"""One prompt template, used by training AND evaluation: what the model is given, and what it must answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ALPACA = (
 ALPACA_TURN = "### Instruction:\n{{ prompt }}\n\n{% if input %}### Input:\n{{ input }}\n\n{% endif %}### Response:"
 
 NAMED_LAYOUTS = {
-    "none": "{% if system %}{{ system }}\n\n{% endif %}{{ prompt }}{% if input %}\n\n{{ input }}{% endif %}",
+    "none": "{% if system %}{{ system }}\n\n{% endif %}{{ prompt }}{% if input %}{{ '\n\n' + input }}{% endif %}",
     # Wording of https://github.com/tatsu-lab/stanford_alpaca/blob/761dc5bf/train.py#L31; no newline after "Response:".
     # ABBA's own runs use the same: https://github.com/CERT-Lab/abba/blob/9ef120cf/utils/data_utils.py#L24
     "alpaca": "{% if system %}{{ system }}\n\n{% endif %}{% if turn == 0 %}" + ALPACA + "{% endif %}" + ALPACA_TURN,
@@ -52,6 +52,7 @@ class LayoutTemplate:
         system: The system message in the first turn, or "".
         messages: All messages before this turn's answer, each with `role` and `content`.
         turn: Number of the turn, from 0.
+    As in chat templates, the newline after a block tag is dropped, and so is the one at the end of the file.
 
     Attributes:
         name: none, alpaca, or the path of the Jinja file.
@@ -172,9 +173,7 @@ class ChatTemplate:
         else:
             start = whole.rfind(content.strip())
             if start < 0:
-                raise DataError(
-                    f"the chat template does not write out the answer {content[:40]!r}: use another data.template"
-                )
+                raise DataError(f"the chat template does not write out the answer {content[:40]!r}: use another data.template")
             answer = whole[start:]
         trimmed = answer.rstrip()
         return trimmed if trimmed.endswith(self.end_marks) else answer + str(self.tokenizer.eos_token)
@@ -196,8 +195,8 @@ class ChatTemplate:
             start = whole.find(content + tail, spans[-1][1] if spans else 0, end)
             if start < 0:
                 raise DataError(
-                    f"the chat template rewrites the earlier answer {message.content[:40]!r}, so that it cannot be supervised: "
-                    "set data.supervise to completion"
+                    f"the chat template rewrites the earlier answer {message.content[:40]!r}, so that it cannot be "
+                    "supervised: set data.supervise to completion"
                 )
             spans.append((start, start + len(content + tail)))
         return spans

@@ -18,7 +18,17 @@ from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import dump_recipe
 from abba_cli.rundir import RunDir, write_atomically
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,13 @@ class Outcome:
 
 
 def write_provenance(
-    run: RunDir, recipe: Recipe, base: Base, config: PreTrainedConfig, data: PreparedData, plan: Plan, outcome: Outcome | None
+    run: RunDir,
+    recipe: Recipe,
+    base: Base,
+    config: PreTrainedConfig,
+    data: PreparedData,
+    plan: Plan,
+    outcome: Outcome | None,
 ) -> None:
     """Write provenance.json: without an outcome when a run starts, and again, last of all its files, when it has finished."""
     sources = [source for audit in data.audit.values() for source in audit.sources]

@@ -1,15 +1,32 @@
 """The schema of a recipe: every key, its type, default, unit and meaning stand here and nowhere else.
 
-The reference page (docs/recipe-reference.md) and `abba schema` are generated from these classes. A recipe is frozen: whoever
-needs another one makes it with `recipe_file.load_recipe(path, overrides)`.
+The reference page (docs/recipe-reference.md) and `abba schema` are generated from these classes. A recipe is frozen:
+whoever needs another one makes it with `recipe_file.load_recipe(path, overrides)`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-Rank = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+def _check_regex(value: str) -> str:
+    """Refuse a broken regular expression here, where its line is known."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is not a valid regular expression ({error})") from None
+    return value
 
 
 def _list_of_one(value: Any) -> Any:
@@ -18,10 +35,27 @@ def _list_of_one(value: Any) -> Any:
     return [{"path": source} if isinstance(source, str) else source for source in sources]
 
 
+Rank = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+Regex = Annotated[Text, AfterValidator(_check_regex)]
+LayerNames = Annotated[list[Text], Field(min_length=1)] | Regex
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values cannot be changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1, so that `learning_rate: yes` would pass."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("true_or_false", "true or false is not a value of this key")
+        return value
 
 
 class ModelSection(Section):
@@ -34,8 +68,8 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id; null is the default branch.")
     gguf_file: str | None = Field(
         None,
-        description="A GGUF file inside `name` to read the model from. It is dequantised once into a cached checkpoint, "
-        "which is then the recorded base.",
+        description="A GGUF file inside `name` to read the model from. It is dequantised once into a cached "
+        "checkpoint, which is then the recorded base.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Data type of the base's weights.")
     quantization: Literal["none", "nf4", "int8"] = Field(
@@ -57,16 +91,20 @@ class AdapterSection(Section):
         16.0, gt=0, description="Sets the scale s = alpha^2 / sqrt(r1*r2). The paper finds 16 to 32 best; 64 collapses."
     )
     dropout: Share = Field(0.0, description="Dropout on the input of the update.")
-    targets: list[str] | str = Field(
+    targets: LayerNames = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         description="Layers to adapt: a list of module names, `all-linear`, or one regular expression over full names.",
     )
-    exclude: list[str] | str | None = Field(None, description="Layers to leave out, written as in `targets`.")
-    layers: list[int] | None = Field(None, description="Numbers of the blocks to adapt; null adapts all of them.")
-    rank_pattern: dict[str, Rank | tuple[Rank, Rank]] = Field(
+    exclude: LayerNames | None = Field(None, description="Layers to leave out, written as in `targets`.")
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="Numbers of the blocks to adapt; null adapts all of them."
+    )
+    rank_pattern: dict[Regex, Rank | tuple[Rank, Rank]] = Field(
         {}, description="Other ranks for some layers: name or regular expression to N or [r1, r2]."
     )
-    alpha_pattern: dict[str, float] = Field({}, description="Another alpha for some layers: name or regular expression.")
+    alpha_pattern: dict[Regex, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Another alpha for some layers: name or regular expression."
+    )
     modules_to_save: list[str] = Field(
         [], description="Modules that are trained whole and saved with the adapter, such as embed_tokens or lm_head."
     )
@@ -75,7 +113,10 @@ class AdapterSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the factors.")
     start_from: str | None = Field(
-        None, description="A trained adapter or run directory to go on from; its ranks and targets must be the recipe's."
+        None,
+        min_length=1,
+        description="A trained adapter or run directory to go on from; its ranks and targets must be the recipe's. "
+        "Relative to the current directory, as `output` is.",
     )
 
 
@@ -102,7 +143,11 @@ class SourceSection(Section):
         return self
 
 
-Sources = Annotated[list[SourceSection], BeforeValidator(_list_of_one)]
+SourceAsWritten = SourceSection | Text
+Sources = Annotated[
+    list[SourceSection],
+    BeforeValidator(_list_of_one, json_schema_input_type=SourceAsWritten | list[SourceAsWritten]),
+]
 
 
 class DataSection(Section):
@@ -113,8 +158,8 @@ class DataSection(Section):
     template: str = Field(
         "chat",
         min_length=1,
-        description="How prompt and completion are laid out: none, alpaca, chat (the tokenizer's own), or the path of a "
-        "Jinja file.",
+        description="How prompt and completion are laid out: none, alpaca, chat (the tokenizer's own), or the path of "
+        "a Jinja file.",
     )
     max_length_tokens: int = Field(1024, ge=8, description="Longer rows are cut at the end, and counted in the audit.")
     packing: bool = Field(
@@ -180,6 +225,8 @@ class LoggingSection(Section):
 
 class Recipe(Section):
     """One training run. `Recipe.model_validate(dict)` builds it in Python, `recipe_file.load_recipe` from YAML."""
+
+    model_config = ConfigDict(title="abba recipe", json_schema_extra={"$schema": "https://json-schema.org/draft/2020-12/schema"})
 
     model: ModelSection = Field(description="The base model, which stays frozen.")
     adapter: AdapterSection = Field(AdapterSection(), description="What is trained.")

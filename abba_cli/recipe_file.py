@@ -1,22 +1,24 @@
 """From a YAML file and `--set` overrides to a Recipe, with every problem reported at once and by its line."""
 
 import difflib
-import io
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from abba_cli.errors import RecipeError
 from abba_cli.recipe import Recipe
+from abba_cli.recipe_reference import accepted, keys_of, schema_of
 
 KeyPath = tuple[str | int, ...]
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _BUILT_IN_TEMPLATES = ("none", "alpaca", "chat")
+_SOURCE_LISTS = (("data", "train"), ("data", "eval"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -25,14 +27,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: The YAML file.
         overrides: `dotted.key=value` strings, as given to `--set`; values are YAML, keys may count list items
-            (`data.train.0.path`). Relative paths in them start at the current directory, those in the file at its folder.
+            (`data.train.0.path`). Relative paths in them start at the current directory, those in the file at its
+            folder (but `adapter.start_from`, a run directory as `output` is, always at the current one).
 
     Returns:
         The validated recipe, with the paths of local data, templates and models made absolute.
 
     Raises:
-        RecipeError: The file is missing, is not YAML, or does not fit the schema. One message lists all problems, each with
-            `file:line`, the key, the value found and what was expected.
+        RecipeError: The file is missing, is not YAML, or does not fit the schema. One message lists all problems, each
+            with `file:line`, the key, the value found and what was expected.
     """
     path = Path(path)
     try:
@@ -43,34 +46,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not UTF-8 text ({error.reason}); expected a YAML recipe") from None
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}{_recipes_nearby(path)}") from None
-    tree, lines = _parse(text, str(path))
-    _resolve_paths(tree, path.resolve().parent)
+    tree, lines, problems = _parse(text, str(path))
+    tree = _with_absolute_paths((), tree, path.resolve().parent)
     origins = {where: f"{path}:{line}" for where, line in lines.items()}
     for override in overrides:
-        where = _apply_override(tree, override)
+        try:
+            where = _apply_override(tree, override)
+        except RecipeError as error:
+            problems.append(str(error))
+            continue
         origins = {known: origin for known, origin in origins.items() if known[: len(where)] != where}
         origins[where] = f"--set {override}"
-    return validate(tree, origins, str(path))
+    return validate(tree, origins, str(path), problems)
 
 
-def validate(tree: Any, origins: Mapping[KeyPath, str] | None = None, source: str = "recipe") -> Recipe:
+def validate(
+    tree: Any, origins: Mapping[KeyPath, str] | None = None, source: str = "recipe", problems: Sequence[str] = ()
+) -> Recipe:
     """Check a tree of plain values against the schema.
 
     Args:
         tree: What YAML gave.
         origins: Where each key was written, for the messages.
         source: Name of the whole, for keys without an origin.
+        problems: What was found wrong before, to be reported with the rest.
 
     Raises:
         RecipeError: With all problems, one a line.
     """
+    found = list(problems)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item, tree, origins or {}, source) for item in error.errors()]
-    problems = list(dict.fromkeys(problems))
-    heading = f"{source} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"
-    raise RecipeError("\n".join([heading, *(f"  {problem}" for problem in problems)]))
+        found += _explain(error, tree, origins or {}, source)
+    if not found:
+        return recipe
+    raise RecipeError("\n  ".join([f"{source} has {len(found)} problems:", *found] if len(found) > 1 else found))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -100,17 +111,20 @@ def _recipes_nearby(path: Path) -> str:
     return f"; did you mean {', '.join(found[name] for name in close)}?" if close else ""
 
 
-def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    """The tree of a YAML document, and the line (from 1) on which each key stands."""
+def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], list[str]]:
+    """The tree of a YAML document, the line (from 1) on which each key stands, and the keys that stand twice."""
     lines: dict[KeyPath, int] = {}
     repeated: list[str] = []
 
     def walk(node: yaml.Node, where: KeyPath) -> None:
+        if where in _SOURCE_LISTS and not isinstance(node, yaml.SequenceNode):
+            # A single source may be written without the dash.
+            where = (*where, 0)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*where, key.value)
                 if here in lines:
-                    repeated.append(f"  {name}:{key.start_mark.line + 1}: {_dotted(here)} stands twice; keep one of them")
+                    repeated.append(f"{name}:{key.start_mark.line + 1}: {_dotted(here)} stands twice; keep one of them")
                 lines[here] = key.start_mark.line + 1
                 walk(value, here)
         elif isinstance(node, yaml.SequenceNode):
@@ -119,21 +133,20 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
                 walk(value, (*where, index))
 
     try:
-        root = yaml.compose(io.StringIO(text), Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from None
+        hint = "; a value that begins with {{ needs quotes" if ": {{" in text.splitlines()[line - 1] else ""
+        raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}{hint}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        found = "nothing" if tree is None else type(tree).__name__
-        raise RecipeError(f"{name} holds {found}; expected a mapping with the sections {', '.join(Recipe.model_fields)}")
+        found = "is empty" if tree is None else f"holds {_shown(tree)}"
+        raise RecipeError(f"{name} {found}; expected the sections {', '.join(Recipe.model_fields)}")
     assert root is not None
     walk(root, ())
-    if repeated:
-        raise RecipeError("\n".join([f"{name} has repeated keys:", *repeated]))
-    return tree, lines
+    return tree, lines, repeated
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> KeyPath:
@@ -142,69 +155,66 @@ def _apply_override(tree: dict[str, Any], override: str) -> KeyPath:
     if not equals or not dotted.strip():
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as --set training.max_steps=30")
     try:
-        value = yaml.safe_load(written)
+        # A template on the command line is text, without quotes inside the shell's quotes.
+        value = written if written.startswith(("{{", "{%")) else yaml.safe_load(written)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: the value is not valid YAML; quote it, such as --set 'KEY=\"VALUE\"'") from None
-    where: KeyPath = tuple(int(part) if part.isdigit() else part for part in dotted.strip().split("."))
+    parts = dotted.strip().split(".")
+    where: list[str | int] = []
     node: Any = tree
-    for depth, key in enumerate(where):
-        here = _dotted(where[: depth + 1])
+    for depth, part in enumerate(parts):
         if isinstance(node, list):
-            if not isinstance(key, int) or key > len(node):
-                raise RecipeError(f"--set {override}: {here} is not there; the list has {len(node)} items, counted from 0")
-            if key == len(node):
-                node.append({})
-        elif not isinstance(node, dict):
-            raise RecipeError(f"--set {override}: {_dotted(where[:depth])} is {node!r}, which has no keys")
-        if depth == len(where) - 1:
-            node[key] = _resolve_value(where, value, Path.cwd())
-        elif isinstance(node, dict) and not isinstance(node.get(str(key)), (dict, list)):
-            # A section that the file leaves out, or a list that starts here.
-            node[str(key)] = [] if isinstance(where[depth + 1], int) else {}
-            node = node[str(key)]
+            if not part.isdecimal() or int(part) > len(node):
+                raise RecipeError(
+                    f"--set {override}: {_dotted([*where, part])} is not there; "
+                    f"the list has {len(node)} item{'' if len(node) == 1 else 's'}, counted from 0"
+                )
+            where.append(int(part))
+            node.extend([None] if int(part) == len(node) else [])
+        elif isinstance(node, dict):
+            where.append(part)
+            node.setdefault(part, None)
         else:
-            node = node[key if isinstance(node, list) else str(key)]
-    return where
+            raise RecipeError(f"--set {override}: {_dotted(where)} is {_shown(node)}, which has no keys")
+        if depth == len(parts) - 1:
+            node[where[-1]] = _with_absolute_paths(tuple(where), value, Path.cwd())
+        elif node[where[-1]] is None:
+            # A section that the file leaves out, or a list that starts here.
+            node[where[-1]] = [] if parts[depth + 1].isdecimal() else {}
+        node = node[where[-1]]
+    return tuple(where)
 
 
-def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Make the relative local paths of a recipe file absolute, starting at its folder."""
-    data, model = tree.get("data"), tree.get("model")
-    if isinstance(model, dict) and "name" in model:
-        model["name"] = _resolve_value(("model", "name"), model["name"], folder)
-    if not isinstance(data, dict):
-        return
-    for key in ("train", "eval", "template"):
-        if key in data:
-            data[key] = _resolve_value(("data", key), data[key], folder)
-
-
-def _resolve_value(where: KeyPath, value: Any, folder: Path) -> Any:
-    """The value of a key with the local paths in it made absolute."""
+def _with_absolute_paths(where: KeyPath, value: Any, folder: Path) -> Any:
+    """The value of a key with the relative local paths in it made absolute."""
     match where:
+        case () | ("data" | "model" | "adapter",) if isinstance(value, dict):
+            return {key: _with_absolute_paths((*where, key), item, folder) for key, item in value.items()}
         case ("model", "name") if isinstance(value, str):
             return _absolute_if_local(value, folder, suffixes=())
-        case ("data", "template") if isinstance(value, str) and value not in _BUILT_IN_TEMPLATES:
+        case ("adapter", "start_from") if isinstance(value, str):
+            return _absolute_if_local(value, Path.cwd(), suffixes=())
+        case ("data", "template") if isinstance(value, str) and value and value not in _BUILT_IN_TEMPLATES:
             return str((folder / Path(value).expanduser()).resolve())
         case ("data", "train" | "eval"):
-            items = value if isinstance(value, list) else [value] if value else []
-            return [_resolve_value((*where, index), item, folder) for index, item in enumerate(items)]
+            items = value if isinstance(value, list) else [] if value is None else [value]
+            return [_with_absolute_paths((*where, index), item, folder) for index, item in enumerate(items)]
         case ("data", "train" | "eval", int()):
             # Written out in full, so that a later override finds the keys it changes.
             source = {"path": value} if isinstance(value, str) else value
             if isinstance(source, dict) and "path" in source:
-                return {**source, "path": _resolve_value((*where, "path"), source["path"], folder)}
+                return {**source, "path": _with_absolute_paths((*where, "path"), source["path"], folder)}
             return source
-        case ("data", "train" | "eval", int(), "path") | ("adapter", "start_from") if isinstance(value, str):
+        case ("data", "train" | "eval", *_, "path") if isinstance(value, str):
             return _absolute_if_local(value, folder)
     return value
 
 
 def _absolute_if_local(value: str, folder: Path, suffixes: tuple[str, ...] = DATA_SUFFIXES) -> str:
     """A hub id or `package:` name stays as it is; whatever is, or looks like, a local path becomes absolute."""
-    if value.startswith("package:"):
+    if not value or value.startswith("package:"):
         return value
-    looks_local = value.startswith((".", "/", "~", os.sep)) or value.lower().endswith(suffixes or ("\0",))
+    looks_local = value.startswith((".", "/", "~", os.sep)) or value.lower().endswith(suffixes)
     candidate = (folder / Path(value).expanduser()).resolve()
     return str(candidate) if looks_local or candidate.exists() else value
 
@@ -213,76 +223,64 @@ def _dotted(where: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in where)
 
 
-def _explain(item: Any, tree: Any, origins: Mapping[KeyPath, str], source: str) -> str:
-    """One line for one pydantic error: where, what was found, what was expected, what to try."""
-    where = _known_path(item["loc"], tree)
-    origin = next((origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in origins), source)
-    key = _dotted(where) or "recipe"
-    if item["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key}{_nearest_key(where)}"
-    if item["type"] == "missing":
-        return f"{origin}: {key} is missing{_meaning(where)}"
-    if item["type"] == "value_error":
-        return f"{origin}: {item['ctx']['error']}"
-    expected = item["msg"][0].lower() + item["msg"][1:]
-    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        expected = "expected a section of keys"
-    return f"{origin}: {key} is {item['input']!r}: {expected.replace('input should be', 'expected').rstrip('.')}"
+def _shown(value: Any) -> str:
+    """A short form of a value, as YAML writes it."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _known_path(loc: Sequence[str | int], tree: Any) -> KeyPath:
-    """The part of pydantic's location that is in the YAML: union branches such as `list[str]` are left out."""
-    where: list[str | int] = []
-    node = tree
-    for index, part in enumerate(loc):
-        if isinstance(node, dict) and (part in node or (index == len(loc) - 1 and not _is_branch(part))):
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int):
-            node = node[part] if part < len(node) else None
+def _explain(error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], source: str) -> list[str]:
+    """One line for each key with a problem: where it stands, what was found, what was expected, what to try."""
+    problems: dict[KeyPath, str] = {}
+    for item in error.errors():
+        where = _place(item["loc"], tree, missing=item["type"] == "missing")
+        key = _dotted(where)
+        if item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+            # A check across sections names its key first.
+            where = where or tuple(message.split()[0].split("."))
+            problem = f"{key}: {message}" if key else message
+        elif item["type"] in ("extra_forbidden", "invalid_key"):
+            problem = f"unknown key {key}{_nearest_key(where)}"
+        elif where == item["loc"] and item["type"] == "missing":
+            schema = schema_of(where)
+            problem = f"{key} is missing: expected {accepted(schema)}. {schema.get('description', '')}".rstrip()
         else:
-            continue
-        where.append(part)
-    return tuple(where)
+            problem = f"{key} is {_shown(_value_at(tree, where))}: expected {accepted(schema_of(where))}"
+        origin = _origin(where, origins, source)
+        # The branches of a union complain one by one; a check that was reached knows best.
+        if where not in problems or item["type"] == "value_error":
+            problems[where] = f"{origin}: {problem}"
+    places = {origin: place for place, origin in enumerate(dict.fromkeys(origins.values()))}
+    return sorted(problems.values(), key=lambda problem: places.get(problem.rpartition(": ")[0], -1))
 
 
-def _is_branch(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("str", "int") or "[" in part)
+def _place(loc: Sequence[str | int], tree: Any, missing: bool) -> KeyPath:
+    """The part of pydantic's location that is in the YAML: it goes on with union branches such as `list[str]`."""
+    node = tree
+    for depth, part in enumerate(loc):
+        if isinstance(node, dict) and (part in node or (missing and depth == len(loc) - 1)):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            return tuple(loc[:depth])
+    return tuple(loc)
 
 
-def _section(where: Sequence[str | int]) -> type[BaseModel] | None:
-    """The schema class that holds the last key of a path."""
-    section: type[BaseModel] = Recipe
-    for part in where[:-1]:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        nested = [kind for kind in _types(field.annotation) if issubclass(kind, BaseModel)] if field else []
-        if not nested:
-            return None
-        section = nested[0]
-    return section
-
-
-def _types(annotation: Any) -> list[type]:
-    inner = [kind for argument in get_args(annotation) for kind in _types(argument)]
-    return [annotation, *inner] if isinstance(annotation, type) else inner
+def _value_at(tree: Any, where: KeyPath) -> Any:
+    for part in where:
+        tree = tree[part]
+    return tree
 
 
 def _nearest_key(where: KeyPath) -> str:
-    section, wrong = _section(where), str(where[-1])
-    if section is None:
-        return ""
-    keys = list(section.model_fields)
-    if close := difflib.get_close_matches(wrong, keys, n=1, cutoff=0.55):
-        return f"; did you mean {close[0]}?"
-    for name, field in Recipe.model_fields.items():
-        for kind in _types(field.annotation):
-            if issubclass(kind, BaseModel) and wrong in kind.model_fields:
-                return f"; it belongs in {name}"
-    return f"; expected one of {', '.join(keys)}"
-
-
-def _meaning(where: KeyPath) -> str:
-    section = _section(where)
-    field = section.model_fields.get(str(where[-1])) if section else None
-    return f": {field.description}" if field and field.description else ""
+    """What an unknown key was probably meant to be."""
+    wrong, here = str(where[-1]), keys_of(where[:-1])
+    elsewhere = [f"{section}.{wrong}" for section in keys_of(()) if wrong in keys_of((section,))]
+    likeness = {key: difflib.SequenceMatcher(None, wrong, key).ratio() for key in here}
+    best = max(likeness.values(), default=0.0)
+    close = [key for key, ratio in likeness.items() if ratio == best and ratio >= 0.55]
+    if meant := elsewhere or close:
+        return f"; did you mean {' or '.join(meant)}?"
+    return f"; expected one of {', '.join(here)}"

@@ -1,15 +1,15 @@
 """The run directory: the one contract between `abba train` and every other command.
 
-    out/my-run/
-      adapter_config.json, adapter_model.safetensors   the trained adapter, as PEFT loads it (there only when the run has finished)
-      tokenizer*.json, chat_template.jinja             the tokenizer that it was trained with
-      recipe.yaml          the recipe as resolved, every key written out
-      metrics.jsonl        one line for each logged step and each evaluation
-      loss.png             the losses drawn
-      samples.jsonl        sample answers, where the recipe asks for them
-      provenance.json      versions, base, data fingerprints, hardware, time and memory
-      README.md            the model card
-      checkpoints/checkpoint-N/   a state to go on from; complete when its manifest.json fits its files
+out/my-run/
+  adapter_config.json, adapter_model.safetensors   the trained adapter, as PEFT loads it (there only when the run has finished)
+  tokenizer*.json, chat_template.jinja             the tokenizer that it was trained with
+  recipe.yaml          the recipe as resolved, every key written out
+  metrics.jsonl        one line for each logged step and each evaluation
+  loss.png             the losses drawn
+  samples.jsonl        sample answers, where the recipe asks for them
+  provenance.json      versions, base, data fingerprints, hardware, time and memory
+  README.md            the model card
+  checkpoints/checkpoint-N/   a state to go on from; complete when its manifest.json fits its files
 """
 
 import hashlib
@@ -30,7 +30,15 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MANIFEST = "manifest.json"
 # A run may be continued with other values of these: they set how long it runs and what is reported, not what a step computes.
 # The data's content is held by its fingerprint, so that a folder may be moved.
-_MAY_CHANGE = ("output", "training.max_steps", "training.epochs", "checkpoints.", "logging.", "evaluation.", "data.eval")
+_MAY_CHANGE = (
+    "output",
+    "training.max_steps",
+    "training.epochs",
+    "checkpoints.",
+    "logging.",
+    "evaluation.",
+    "data.eval",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ class RunDir:
         try:
             loaded = json.loads(self.provenance_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RunError(f"cannot read {self.provenance_file}: {error}; the run has not finished, or the file is broken") from None
+            raise RunError(
+                f"cannot read {self.provenance_file}: {error}; the run has not finished, or the file is broken"
+            ) from None
         assert isinstance(loaded, dict)
         return loaded
 
@@ -121,7 +131,15 @@ class RunDir:
     def clear(self) -> None:
         """Remove what an earlier run left that the next one would not overwrite, so that it can start over."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in (*ADAPTER_FILES, "recipe.yaml", "metrics.jsonl", "loss.png", "samples.jsonl", "provenance.json", "README.md"):
+        for name in (
+            *ADAPTER_FILES,
+            "recipe.yaml",
+            "metrics.jsonl",
+            "loss.png",
+            "samples.jsonl",
+            "provenance.json",
+            "README.md",
+        ):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -156,14 +174,18 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
     try:
         before = run.recipe()
     except RecipeError as error:
-        raise RunError(f"the run in {run.path} cannot be continued, its recipe is not readable (--restart starts over): {error}") from None
+        raise RunError(
+            f"the run in {run.path} cannot be continued, its recipe is not readable (--restart starts over): {error}"
+        ) from None
     changed = {key: values for key, values in differences(before, recipe).items() if not _may_change(key)}
     if changed:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
         advice = "Choose another output, or --restart to start over and lose what is there."
         raise RunError("\n".join([f"output {run.path} holds a run of another recipe:", *lines, advice]))
     if not checkpoints:
-        raise RunError(f"the run in {run.path} has finished, but no complete checkpoint is left to go on from; --restart starts over")
+        raise RunError(
+            f"the run in {run.path} has finished, but no complete checkpoint is left to go on from; --restart starts over"
+        )
     return run, checkpoints[-1]
 
 

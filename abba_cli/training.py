@@ -18,6 +18,7 @@ from abba_cli.data import prepare as prepare_data
 from abba_cli.errors import RunError, TrainingInterrupted
 from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
 from abba_cli.loop import AbbaTrainer, Recorder, arguments, extra_callbacks, peak_memory, quiet, total_steps
+from abba_cli.loss import Collator, SupervisedBatches, keeps_logits, supervised_loss
 from abba_cli.plan import Plan, make_plan
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
@@ -154,14 +155,18 @@ def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, liste
     recorder = Recorder(recipe, run, listen)
     pad_id = ready.tokenizer.pad_token_id
     assert isinstance(pad_id, int)
+    collate: Collator = PackedBatches() if recipe.data.packing else PaddedBatches(pad_id)
+    if keeps_logits(model.get_base_model()):
+        collate = SupervisedBatches(collate)
     trainer = quiet(
         AbbaTrainer(
             model=model,
             args=arguments(recipe, run, steps, fresh=first == 0),
             train_dataset=data.train,
             eval_dataset=data.eval,
-            data_collator=PackedBatches() if recipe.data.packing else PaddedBatches(pad_id),
-            callbacks=[recorder, Sampler(recipe, run, ready.tokenizer, data, listen), *extra_callbacks(recipe)],
+            data_collator=collate,
+            compute_loss_func=supervised_loss,
+            callbacks=[Sampler(recipe, run, ready.tokenizer, data, listen), recorder, *extra_callbacks(recipe)],
         )
     )
     listen(Started(first, steps, ready.checkpoint))

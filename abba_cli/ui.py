@@ -5,7 +5,15 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -74,7 +82,7 @@ class RunDisplay:
                 self.console.print(Text.assemble(("  prompt    ", "dim"), _one_line(prompt)))
                 self.console.print(Text.assemble(("  answer    ", "dim"), _one_line(answer)))
                 self.console.print(Text.assemble(("  reference ", "dim"), _one_line(reference)))
-            case Saved(step, path):
+            case Saved(step):
                 self.console.print(f"  [dim]checkpoint after step {step}[/]", highlight=False)
             case Finished():
                 self._clear_bar()
@@ -101,7 +109,9 @@ class RunDisplay:
     def _on_start(self, event: Started) -> None:
         self._clear_bar()
         if event.resumed_from is not None:
-            self.console.print(f"Going on from [bold]{escape(str(event.resumed_from))}[/], after step {event.step} of {event.total_steps}")
+            self.console.print(
+                f"Going on from [bold]{escape(str(event.resumed_from))}[/], after step {event.step} of {event.total_steps}"
+            )
         self._started = (time.monotonic(), event.step)
         self._stage = ""
         self._task = self._bar.add_task("Training", total=event.total_steps, completed=event.step, status="")
@@ -165,8 +175,9 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
         shapes[key] = shapes.get(key, 0) + 1
     share = plan.trainable / plan.total
     console.print(
-        f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained ({share:.2%}), "
-        f"{plan.steps:,} steps of at most {plan.tokens_per_step:,} tokens, about {sum(plan.memory.values()) / 1e9:.1f} GB of memory",
+        f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained ({share:.2%})\n"
+        f"      {plan.steps:,} steps of at most {plan.tokens_per_step:,} tokens, "
+        f"about {sum(plan.memory.values()) / 1e9:.1f} GB of memory on each device",
         highlight=False,
     )
     if not everything:
@@ -196,7 +207,8 @@ def show_summary(console: Console, event: Finished) -> None:
             "training.epochs to go on, or give --restart to start over."
         )
         return
-    console.print(f"[bold green]Finished[/] after {outcome.steps} steps in {duration(outcome.seconds)}; peak memory {outcome.peak_memory_bytes / 1e9:.1f} GB")
+    memory = f"{outcome.peak_memory_bytes / 1e9:.1f} GB"
+    console.print(f"[bold green]Finished[/] after {outcome.steps} steps in {duration(outcome.seconds)}; peak memory {memory}")
     if outcome.steps < outcome.planned_steps:
         console.print(f"  stopped early: {outcome.planned_steps} steps were planned")
     if outcome.train_loss is not None:

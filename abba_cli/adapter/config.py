@@ -25,12 +25,8 @@ class AbbaConfig(PeftConfig):
 
     r1: int = field(default=16, metadata={"help": "Rank of the first pair, B1 A1. May exceed the layer's size."})
     r2: int = field(default=16, metadata={"help": "Rank of the second pair, B2 A2. Independent of r1."})
-    alpha: float = field(
-        default=16.0, metadata={"help": "Strength of the update: it is multiplied by alpha^2 / sqrt(r1 r2)."}
-    )
-    dropout: float = field(
-        default=0.0, metadata={"help": "Probability, in training, of dropping an element of the input of dW."}
-    )
+    alpha: float = field(default=16.0, metadata={"help": "Strength of the update: it is multiplied by alpha^2 / sqrt(r1 r2)."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability, in training, of dropping an element of the input of dW."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={

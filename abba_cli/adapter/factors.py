@@ -22,6 +22,7 @@ import torch
 # on a spectrum that decays as 1 / sqrt(k) (tests/adapter/test_factors.py).
 OVERSAMPLE = 16
 POWER_ITERATIONS = 6
+EXACT_UP_TO = 128  # smaller side of a matrix whose exact SVD takes milliseconds anyway
 
 
 class Factors(NamedTuple):
@@ -110,18 +111,16 @@ def svd_init(weight: torch.Tensor, rank: int, seed: int | None = None) -> tuple[
     return B1, A1
 
 
-def truncated_svd(
-    weight: torch.Tensor, rank: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def truncated_svd(weight: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the leading singular triplets: U (m, rank), S (rank,), V^T (rank, n).
 
     A randomised range finder with power iterations (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1,
-    https://arxiv.org/abs/0909.4061); exact where the sketch would be nearly as large as the matrix.
+    https://arxiv.org/abs/0909.4061); exact where the matrix is small, or hardly larger than the sketch.
     `torch.svd_lowrank` has neither a generator nor oversampling.
     """
     m, n = weight.shape
     sketch = rank + max(OVERSAMPLE, rank)
-    if 2 * sketch >= min(m, n):
+    if min(m, n) <= max(EXACT_UP_TO, 2 * sketch):
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     else:
         # Drawn on the CPU, so that every device starts from the same numbers.

@@ -13,7 +13,7 @@ Two ways of computing, chosen for each call by counting multiplications (`use_ef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,18 @@ from torch.autograd.function import once_differentiable
 from .factors import Factors, khatri_rao
 
 Scaled = tuple[Factors, float]
+Weight = torch.Tensor | Callable[[], torch.Tensor]
 
 
 def adapted_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Scaled], transposed: bool
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, adapters: Sequence[Scaled], transposed: bool
 ) -> torch.Tensor:
     """Returns x (W0 + sum of s dW)^T + bias for a frozen W0.
 
     Args:
         x: (..., n). Cast to the dtype of the matmul: the weight's, or that of a surrounding `torch.autocast`.
-        weight: W0, (m, n) or, if `transposed`, (n, m). Gets no gradient.
+        weight: W0, (m, n) or, if `transposed`, (n, m). Gets no gradient. A function is called for it in forward and
+            again in backward, so that a dequantised W0 is never kept; its dtype is then taken to be that of x.
         bias: (m,) or None. Gets a gradient if it requires one.
         adapters: the active adapters as (factors, s); the factors may have any floating dtype.
         transposed: whether the weight is stored as (n, m).
@@ -40,8 +42,8 @@ def adapted_linear(
     Returns:
         (..., m), in the dtype of the matmul, which is the dtype the base layer would return.
     """
-    dtype = matmul_dtype(x, weight.dtype)
-    if use_effective_weight(x, adapters, shared=True):
+    dtype = matmul_dtype(x, weight.dtype if isinstance(weight, torch.Tensor) else x.dtype)
+    if not isinstance(weight, torch.Tensor) or use_effective_weight(x, adapters, shared=True):
         return _EffectiveLinear.apply(x, weight, bias, transposed, dtype, *_flatten(adapters))  # type: ignore[no-any-return, no-untyped-call]
     y = _matmul(x, weight, bias, transposed)
     for factors, s in adapters:
@@ -127,14 +129,16 @@ class _EffectiveLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
+        weight: Weight | None,
         bias: torch.Tensor | None,
         transposed: bool,
         dtype: torch.dtype,
         *flat: Any,
     ) -> torch.Tensor:
+        ctx.make_weight, weight = (None, weight) if not callable(weight) else (weight, None)
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(weight, _unflatten(flat), transposed, dtype)
+            W0 = ctx.make_weight() if ctx.make_weight else weight
+            effective = effective_weight(W0, _unflatten(flat), transposed, dtype)
             y = _matmul(x.to(dtype), effective, None if bias is None else bias.to(dtype), transposed)
         ctx.save_for_backward(x, weight, *(item for item in flat if isinstance(item, torch.Tensor)))
         ctx.scales = flat[::5]
@@ -152,7 +156,8 @@ class _EffectiveLinear(torch.autograd.Function):
         grads: list[Any] = [None] * len(needs)
         with torch.autocast(x.device.type, enabled=False):
             if needs_x:
-                effective = effective_weight(weight, adapters, ctx.transposed, ctx.dtype)
+                W0 = ctx.make_weight() if ctx.make_weight else weight
+                effective = effective_weight(W0, adapters, ctx.transposed, ctx.dtype)
                 dx = (dy @ (effective.T if ctx.transposed else effective)).to(x.dtype)
                 del effective
             dy2 = dy.reshape(-1, dy.shape[-1])

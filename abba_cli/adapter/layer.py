@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import AbbaConfig, check_rank
 from .factors import Factors, delta_weight, init_A2, init_pair, scale, svd_init
 from .kernels import Scaled, adapted_linear, delta_linear, effective_weight
+from .quantised import is_packed, unpacked_weight
 
 
 class AbbaLayer(nn.Module, BaseTunerLayer):
@@ -138,6 +139,11 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         delta = delta_weight(self.factors(adapter_name), self.scaling[adapter_name])
         return delta.T if self.transposed else delta
 
+    def get_base_weight(self) -> torch.Tensor:
+        """Returns the base weight, dequantised if need be."""
+        inner = self.get_base_layer()
+        return unpacked_weight(inner) if is_packed(inner) else super().get_base_weight()
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the named adapters (default: the active ones) to the base weight.
 
@@ -253,8 +259,7 @@ class AbbaLinear(AbbaLayer):
         adapters: list[Scaled] = [(self.factors(name), self.scaling[name]) for name in names]
         if not dropping and not args and not kwargs and self._is_plain(inner, x):
             return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed)
-
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_forward(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         together = [a for name, a in zip(names, adapters, strict=True) if name not in dropping]
@@ -264,6 +269,13 @@ class AbbaLinear(AbbaLayer):
             dropped = self.abba_dropout[name](x)
             y = y + delta_linear(dropped, [(self.factors(name), self.scaling[name])], y.dtype).to(y.dtype)
         return y  # type: ignore[no-any-return]
+
+    def _base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        inner: Any = self.base_layer
+        if x.requires_grad and is_packed(inner):  # bitsandbytes would return a result without gradient
+            dtype = inner.compute_dtype or x.dtype
+            return adapted_linear(x.to(dtype), self.get_base_weight, inner.bias, [], transposed=False).to(x.dtype)
+        return inner(x, *args, **kwargs)
 
     def _is_plain(self, inner: nn.Module, x: torch.Tensor) -> bool:
         """Whether the base layer is exactly x W0^T + bias with a frozen W0, so that its weight may be used directly.

@@ -51,9 +51,7 @@ class AbbaModel(BaseTuner):
         layers = [
             module
             for module in model.modules()
-            if isinstance(module, AbbaLayer)
-            and adapter_name in module.pending_svd
-            and not module.abba_A1[adapter_name].is_meta
+            if isinstance(module, AbbaLayer) and adapter_name in module.pending_svd and not module.abba_A1[adapter_name].is_meta
         ]
         report = _progress.get() or (lambda done, total: None)
         if layers:

@@ -147,7 +147,7 @@ def load_run(folder: Path) -> tuple[PeftModel, Template]:
     from abba_cli.prompts import load_template
     from abba_cli.rundir import RunDir
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, load_template(RunDir(folder).recipe().data.template, tokenizer)
@@ -186,7 +186,7 @@ def answer_all(
         encode_prompt(template.prompt_text(Example((Message("user", question),))), tokenizer) for question in questions
     ]
     # Fresh, so that no sampling setting of the base model's own generation_config.json applies.
-    greedy = GenerationConfig(
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(template.stop_token_ids),
@@ -198,7 +198,7 @@ def answer_all(
         indices = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in indices]}, return_tensors="pt")
         with torch.inference_mode():
-            output = model.generate(**batch, generation_config=greedy)
+            output = model.generate(**batch, generation_config=greedy)  # type: ignore[no-untyped-call]
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             answers[index] = text.strip()

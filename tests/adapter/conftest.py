@@ -32,22 +32,39 @@ SMALL = {
 }
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "gemma2")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    # PEFT 0.21.2 reads a property that transformers 5.23 has renamed; ends with the PEFT that follows.
+    # The functions' new names came with transformers 5.23, too, and PEFT's wrapper has the old one only.
+    config.addinivalue_line("filterwarnings", "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
 ModelMaker = Callable[..., PreTrainedModel]
 
 
-def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **sizes: int) -> PreTrainedModel:
     """Returns the same tiny model every time it is called, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         if architecture == "llama":
-            model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SMALL))
+            model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SMALL | sizes))
         elif architecture == "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
         elif architecture == "gemma2":
             model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=12, attn_implementation="eager"))
         else:
             gpt2 = GPT2Config(
-                vocab_size=VOCABULARY, n_embd=36, n_layer=2, n_head=3, n_positions=64, bos_token_id=1, eos_token_id=2
+                vocab_size=VOCABULARY,
+                n_embd=36,
+                n_layer=2,
+                n_head=3,
+                n_positions=64,
+                bos_token_id=1,
+                eos_token_id=2,
+                resid_pdrop=0.0,  # so that training mode can be compared, too
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
             )
             gpt2.loss_type = "ForCausalLM"
             model = GPT2LMHeadModel(gpt2)
