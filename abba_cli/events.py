@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from abba_cli.data import PreparedData
     from abba_cli.plan import Plan
+    from abba_cli.prepared import PreparedData
     from abba_cli.provenance import Outcome
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from abba_cli.loading import AdaptedLayer, adapted_layers
+from abba_cli.adapting import AdaptedLayer, adapted_layers
 from abba_cli.recipe import Recipe
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

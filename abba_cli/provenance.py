@@ -11,9 +11,9 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig
 
 from abba_cli import __version__
-from abba_cli.data import PreparedData
-from abba_cli.loading import Base
+from abba_cli.bases import Base
 from abba_cli.plan import Plan
+from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import dump_recipe
 from abba_cli.rundir import RunDir, write_atomically
@@ -127,7 +127,8 @@ def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Out
 
 # {run.path.name}
 
-An ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for `{recipe.model.name}`: every adapted weight is changed by
+An ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for `{recipe.model.name}`: every adapted
+weight is changed by
 s (B1 A1) * (B2 A2), with r1 = {adapter.r1}, r2 = {adapter.r2} and s = alpha^2 / sqrt(r1 r2), alpha = {adapter.alpha:g}.
 
 - trainable parameters: {plan.trainable:,} of {plan.total:,}, in {len(plan.layers)} layers

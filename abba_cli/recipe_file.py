@@ -145,7 +145,10 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], li
         found = "is empty" if tree is None else f"holds {_shown(tree)}"
         raise RecipeError(f"{name} {found}; expected the sections {', '.join(Recipe.model_fields)}")
     assert root is not None
-    walk(root, ())
+    try:
+        walk(root, ())
+    except RecursionError:
+        raise RecipeError(f"{name}: not a recipe: it is nested too deeply, or an alias holds itself") from None
     return tree, lines, repeated
 
 
@@ -231,7 +234,8 @@ def _shown(value: Any) -> str:
 
 def _explain(error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], source: str) -> list[str]:
     """One line for each key with a problem: where it stands, what was found, what was expected, what to try."""
-    problems: dict[KeyPath, str] = {}
+    problems: dict[KeyPath, tuple[int, str]] = {}
+    order = {known: place for place, known in enumerate(origins)}
     for item in error.errors():
         where = _place(item["loc"], tree, missing=item["type"] == "missing")
         key = _dotted(where)
@@ -247,12 +251,11 @@ def _explain(error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], 
             problem = f"{key} is missing: expected {accepted(schema)}. {schema.get('description', '')}".rstrip()
         else:
             problem = f"{key} is {_shown(_value_at(tree, where))}: expected {accepted(schema_of(where))}"
-        origin = _origin(where, origins, source)
+        known = _nearest_known(where, origins)
         # The branches of a union complain one by one; a check that was reached knows best.
         if where not in problems or item["type"] == "value_error":
-            problems[where] = f"{origin}: {problem}"
-    places = {origin: place for place, origin in enumerate(dict.fromkeys(origins.values()))}
-    return sorted(problems.values(), key=lambda problem: places.get(problem.rpartition(": ")[0], -1))
+            problems[where] = order.get(known, -1), f"{origins.get(known, source)}: {problem}"
+    return [problem for _, problem in sorted(problems.values(), key=lambda numbered: numbered[0])]
 
 
 def _place(loc: Sequence[str | int], tree: Any, missing: bool) -> KeyPath:
@@ -266,6 +269,13 @@ def _place(loc: Sequence[str | int], tree: Any, missing: bool) -> KeyPath:
         else:
             return tuple(loc[:depth])
     return tuple(loc)
+
+
+def _nearest_known(where: KeyPath, origins: Mapping[KeyPath, str]) -> KeyPath:
+    """The key whose place in the file stands for this one: itself, what an override put below it, or what holds it."""
+    below = (known for known in origins if known[: len(where)] == where)
+    above = (where[:n] for n in range(len(where), 0, -1) if where[:n] in origins)
+    return where if where in origins else next(below, next(above, ()))
 
 
 def _value_at(tree: Any, where: KeyPath) -> Any:

@@ -6,6 +6,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from abba_cli.recipe import Recipe
 Schema = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "recipes" / "gsm8k-llama.yaml"
 
 _INTRODUCTION = """\
 # Recipe reference
@@ -50,29 +50,28 @@ def accepted(schema: Schema, several: bool = False) -> str:
     """Say in plain words which values a key accepts, from its JSON schema; `several` says it in the plural."""
     match schema:
         case {"anyOf": [*branches]}:
-            return _either(branches, schema.get("minItems", 0))
+            return _either(branches, schema)
         case {"enum": [*values]}:
-            return _alternatives([str(value) for value in values])
+            return _joined([str(value) for value in values])
         case {"const": value}:
             return str(value)
         case {"type": "array", "prefixItems": [first, *_]}:
             return f"a list of {schema['maxItems']} {accepted(first, several=True)}"
         case {"type": "array", "items": items}:
-            return f"{_list(schema.get('minItems', 0))} of {accepted(items, several=True)}"
+            return f"a {_filled(schema)}list of {accepted(items, several=True)}"
         case {"type": "object", "additionalProperties": dict(values)}:
             return f"a section of names, each with {accepted(values)}"
         case {"type": str(kind)} if kind in _NOUNS:
-            return ("non-empty " if schema.get("minLength") else "") + _NOUNS[kind][several] + _bounds(schema)
+            return _filled(schema) + _NOUNS[kind][several] + _bounds(schema)
     return "a section of keys"
 
 
 def schema_of(where: Sequence[str | int]) -> Schema:
     """Return the schema of the key at a path; empty if there is no such key."""
-    found: Schema = Recipe.model_json_schema()
-    definitions = found["$defs"]
+    found = _whole()
     for part in where:
         inner = []
-        for branch in _branches(found, definitions):
+        for branch in _branches(found):
             named = branch.get("properties", {}).get(part) or branch.get("additionalProperties") or {}
             inner.append(branch.get("items", {}) if isinstance(part, int) else named)
         found = next(filter(None, inner), {})
@@ -81,20 +80,15 @@ def schema_of(where: Sequence[str | int]) -> Schema:
 
 def keys_of(where: Sequence[str | int]) -> dict[str, Schema]:
     """Return the keys of the section at a path, with their schemas; none if no section is there."""
-    branches = _branches(schema_of(where), Recipe.model_json_schema()["$defs"])
-    return {name: schema for branch in branches for name, schema in branch.get("properties", {}).items()}
+    return {name: schema for branch in _branches(schema_of(where)) for name, schema in branch.get("properties", {}).items()}
 
 
-def page() -> str:
-    """Return the reference page, in Markdown."""
-    return "\n".join([_INTRODUCTION.format(example=EXAMPLE.read_text(encoding="utf-8")), *_tables()])
-
-
-def main(arguments: Sequence[str]) -> str | None:
+def main(*arguments: str) -> str | None:
     """Write the page and the schema to docs/, or with `--check` only return what is out of date."""
+    introduction = _INTRODUCTION.format(example=(ROOT / "recipes" / "gsm8k-llama.yaml").read_text(encoding="utf-8"))
     files = {
-        ROOT / "docs" / "recipe-reference.md": page(),
-        ROOT / "docs" / "recipe.schema.json": json.dumps(Recipe.model_json_schema(), indent=2) + "\n",
+        ROOT / "docs" / "recipe-reference.md": "\n".join([introduction, *_tables()]),
+        ROOT / "docs" / "recipe.schema.json": json.dumps(_whole(), indent=2) + "\n",
     }
     stale = [file for file, text in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
@@ -126,29 +120,34 @@ def _table(title: str, keys: dict[str, Schema]) -> Iterator[str]:
     yield ""
 
 
-def _branches(schema: Schema, definitions: Schema) -> list[Schema]:
+def _branches(schema: Schema) -> list[Schema]:
     """Return the alternatives of a schema, with references followed."""
     if "$ref" in schema:
-        return [definitions[schema["$ref"].rpartition("/")[2]]]
-    return [inner for one in schema.get("anyOf", []) for inner in _branches(one, definitions)] or [schema]
+        return [_whole()["$defs"][schema["$ref"].rpartition("/")[2]]]
+    return [inner for one in schema.get("anyOf", []) for inner in _branches(one)] or [schema]
 
 
-def _either(branches: list[Schema], at_least: int) -> str:
+@cache
+def _whole() -> Schema:
+    return Recipe.model_json_schema()
+
+
+def _either(branches: list[Schema], whole: Schema) -> str:
     """Join alternatives; a list of the other alternatives is said in short."""
     others = [one for one in branches if "items" not in one and one.get("type") != "null"]
     words = [accepted(one) for one in others]
     for one in (one for one in branches if "items" in one):
-        same = one["items"] == (others[0] if len(others) == 1 else {"anyOf": others})
-        words.append(f"{_list(one.get('minItems', at_least))} of them" if same else accepted(one))
-    return _alternatives([*words, *(["null"] if {"type": "null"} in branches else [])])
+        same = one["items"] in ({"anyOf": others}, *others)
+        words.append(f"a {_filled(whole | one)}list of them" if same else accepted(one))
+    return _joined(words + ["null"] * ({"type": "null"} in branches))
 
 
-def _alternatives(words: list[str]) -> str:
+def _joined(words: list[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]])
 
 
-def _list(at_least: int) -> str:
-    return "a non-empty list" if at_least else "a list"
+def _filled(schema: Schema) -> str:
+    return "non-empty " if schema.get("minItems") or schema.get("minLength") else ""
 
 
 def _bounds(schema: Schema) -> str:
@@ -157,4 +156,4 @@ def _bounds(schema: Schema) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
 
-from abba_cli import loading
-from abba_cli.batches import PackedBatches, PaddedBatches
-from abba_cli.data import PreparedData
+from abba_cli import adapting, bases, loading
+from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
 from abba_cli.data import prepare as prepare_data
 from abba_cli.errors import RunError, TrainingInterrupted
 from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
 from abba_cli.loop import AbbaTrainer, Recorder, arguments, extra_callbacks, peak_memory, quiet, total_steps
 from abba_cli.loss import Collator, SupervisedBatches, keeps_logits, supervised_loss
 from abba_cli.plan import Plan, make_plan
+from abba_cli.prepared import PreparedData
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
@@ -33,7 +33,7 @@ class Preparation:
 
     run: RunDir
     checkpoint: Path | None
-    base: loading.Base
+    base: bases.Base
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -79,7 +79,7 @@ def train(
     set_seed(recipe.training.seed)
     model = loading.load_model(ready.base, recipe.model)
     source = str(ready.checkpoint) if ready.checkpoint else recipe.adapter.start_from
-    adapted = loading.attach_adapter(
+    adapted = adapting.attach_adapter(
         model,
         recipe.adapter,
         ready.base,
@@ -88,6 +88,8 @@ def train(
     )
     listen(Stage("Trying a save"))
     _try_save(adapted, ready.plan, run)
+    if recipe.data.packing:
+        require_separation(adapted)
     outcome = fit(recipe, run, adapted, ready, listen)
 
     listen(Stage("Writing the run directory"))
@@ -116,13 +118,13 @@ def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore,
     run, checkpoint = open_run(recipe, restart)
     listen(Stage("Reading the model's configuration"))
     loading.check_quantization(recipe.model)
-    base = loading.find_base(recipe.model)
+    base = bases.find_base(recipe.model)
     if base.gguf_file and read_weights:
         listen(Stage(f"Dequantising {base.gguf_file} (once)"))
-        base = loading.dequantised(base, recipe.model)
+        base = bases.dequantised(base, recipe.model)
     config = loading.load_config(base, recipe.model)
     tokenizer = loading.load_tokenizer(base, recipe.model)
-    skeleton = loading.check_adapter(config, recipe.model, recipe.adapter, base)
+    skeleton = adapting.check_adapter(config, recipe.model, recipe.adapter, base)
 
     listen(Stage("Reading the data"))
     data = prepare_data(

@@ -17,9 +17,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from abba_cli.data import PreparedData, Span
 from abba_cli.events import Audited, Evaluated, Event, Finished, Planned, Sampled, Saved, Stage, Started, Stepped
 from abba_cli.plan import Plan
+from abba_cli.prepared import PreparedData, Span
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -175,7 +175,8 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
         shapes[key] = shapes.get(key, 0) + 1
     share = plan.trainable / plan.total
     console.print(
-        f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained ({share:.2%})\n"
+        f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained "
+        f"({share:.2%})\n"
         f"      {plan.steps:,} steps of at most {plan.tokens_per_step:,} tokens, "
         f"about {sum(plan.memory.values()) / 1e9:.1f} GB of memory on each device",
         highlight=False,

@@ -16,7 +16,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
-from abba_cli import load_recipe, loading, training
+from abba_cli import adapting, load_recipe, loading, training
 from abba_cli.events import Evaluated, Event, Stepped
 from abba_cli.rundir import start_run
 
@@ -43,7 +43,7 @@ def run_one(method: str, rate: str, data: Path, quantization: str) -> dict[str, 
     set_seed(recipe.training.seed)
     model = loading.load_model(ready.base, recipe.model)
     if method == "abba":
-        adapted = loading.attach_adapter(model, recipe.adapter, ready.base)
+        adapted = adapting.attach_adapter(model, recipe.adapter, ready.base)
     else:
         lora = LoraConfig(r=32, lora_alpha=32, target_modules=list(recipe.adapter.targets), task_type="CAUSAL_LM")
         wrapped = get_peft_model(model, lora)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_prompts import smollm2
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoConfig,
@@ -73,13 +74,21 @@ def test_a_token_across_the_border_is_split_as_at_inference() -> None:
     assert marked(row, tokenizer) == ["a", "b", "</s>"]
 
 
+def test_a_token_across_an_earlier_border_is_split_too() -> None:
+    tokenizer = bpe(bos=False, merges=[(":", "a")])
+    segments = [Segment("q:", False), Segment("ab</s>", True), Segment("c", False), Segment("d</s>", True)]
+    [row] = tokenize([segments], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["q", ":", "a", "b", "</s>", "c", "d", "</s>"]
+    assert marked(row, tokenizer) == ["a", "b", "</s>", "d", "</s>"]
+
+
 def test_a_prompt_that_tokenises_otherwise_alone_is_split_although_no_token_crosses() -> None:
-    # Joint "abc" is a|bc (the merge bc ranks first); the prompt "ab" alone is one token.
-    tokenizer = bpe(bos=False, merges=[("b", "c"), ("a", "b")])
-    assert tokenizer.tokenize("qabc") == ["q", "a", "bc"]
-    [row] = tokenize([[Segment("qab", False), Segment("c</s>", True)]], tokenizer)
-    assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["q", "ab", "c", "</s>"]
-    assert marked(row, tokenizer) == ["c", "</s>"]
+    tokenizer = smollm2()  # its regular expression keeps "\n\n" together at the end of a text, but not before a letter
+    prompt, answer = tokenizer("Q\n\n")["input_ids"], tokenizer("A<|im_end|>")["input_ids"]
+    assert tokenizer("Q\n\nA<|im_end|>")["input_ids"] != prompt + answer
+    [row] = tokenize([[Segment("Q\n\n", False), Segment("A<|im_end|>", True)]], tokenizer)
+    assert row.input_ids == prompt + answer
+    assert row.answers == [False] * len(prompt) + [True] * len(answer)
 
 
 def test_several_answers_and_empty_segments() -> None:

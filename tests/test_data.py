@@ -44,9 +44,7 @@ def refused(train: Any, **data: Any) -> str:
 def texts(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     """The whole and the supervised text of every row."""
     rows = zip(prepared.train["input_ids"], prepared.train["labels"], strict=True)
-    return [
-        (tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])) for ids, labels in rows
-    ]
+    return [(tokenizer.decode(ids), tokenizer.decode([label for label in labels if label != -100])) for ids, labels in rows]
 
 
 def test_completion_is_supervised_with_its_end(tmp_path: Path) -> None:
@@ -174,6 +172,12 @@ def test_columns_that_only_later_rows_have_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_a_column_that_a_row_lacks_is_empty_in_its_template(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", [{"q": "1", "a": "2"}, {"q": "1", "a": "2", "hint": "h"}])
+    prepared = ready([{"path": path, "prompt": "{{ q }}{{ hint }}", "completion": "{{ a }}"}])
+    assert [whole for whole, _ in texts(prepared, llama_like())] == ["<s>12</s>", "<s>1h2</s>"]
+
+
 def test_a_directory_keeps_its_splits_apart(tmp_path: Path) -> None:
     write(tmp_path, "train-1.jsonl", ROWS[:4])
     write(tmp_path, "train-2.jsonl", ROWS[4:7])
@@ -228,8 +232,7 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
 
 def test_package_path() -> None:
     assert refused("package:no_such_package_here/a.jsonl") == (
-        "package:no_such_package_here/a.jsonl: no Python package `no_such_package_here` is installed here; install it "
-        "with pip"
+        "package:no_such_package_here/a.jsonl: no Python package `no_such_package_here` is installed here; install it with pip"
     )
     assert re.fullmatch(r"/.*/json/nothing\.jsonl does not exist", refused("package:json/nothing.jsonl"))
 
@@ -301,8 +304,8 @@ def test_rows_cut_before_their_answer(tmp_path: Path) -> None:
             "a.jsonl",
             QA,
             {"completion": "{{ anser }}"},
-            "{path}, row 0: the completion template '{{{{ anser }}}}' uses `anser`, which is not there: found `question`, "
-            "`answer`; did you mean `answer`?",
+            "{path}, row 0: the completion template '{{{{ anser }}}}' uses `anser`, which is not there: found "
+            "`question`, `answer`; did you mean `answer`?",
         ),
     ],
 )
@@ -322,9 +325,10 @@ def test_messages_for_missing_paths(tmp_path: Path) -> None:
         f"the directory {tmp_path}/empty holds no data file: expected .json, .jsonl, .csv, .parquet, .txt"
     )
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-    assert refused(f"{tmp_path}/latin.jsonl").startswith(
-        f"{tmp_path}/latin.jsonl cannot be read: 'utf-8' codec can't decode"
-    )
+    assert refused(f"{tmp_path}/latin.jsonl").startswith(f"{tmp_path}/latin.jsonl cannot be read: 'utf-8' codec can't decode")
+
+
+PAGE = "https://huggingface.co/datasets/me/set"
 
 
 class Response:
@@ -341,20 +345,19 @@ GATED.response = Response()
         (
             datasets.exceptions.DatasetNotFoundError("Dataset 'me/set' is a gated dataset on the Hub."),
             GATED,
-            "me/set is gated: ask for access at https://huggingface.co/datasets/me/set, then log in with `hf auth login`",
+            f"me/set is gated: ask for access at {PAGE}, then log in with `hf auth login`",
         ),
         (
             datasets.exceptions.DatasetNotFoundError("no answer"),
             GATED,
-            "me/set is gated: ask for access at https://huggingface.co/datasets/me/set, then log in with `hf auth login`",
+            f"me/set is gated: ask for access at {PAGE}, then log in with `hf auth login`",
         ),
         (
-            datasets.exceptions.DatasetNotFoundError(
-                "Dataset 'me/set' doesn't exist on the Hub or cannot be accessed."
-            ),
+            datasets.exceptions.DatasetNotFoundError("Dataset 'me/set' doesn't exist on the Hub or cannot be accessed."),
             None,
             "me/set is neither a local file nor a data set of the hub that you can see "
-            "(https://huggingface.co/datasets/me/set): Dataset 'me/set' doesn't exist on the Hub or cannot be accessed.",
+            "(https://huggingface.co/datasets/me/set): "
+            "Dataset 'me/set' doesn't exist on the Hub or cannot be accessed.",
         ),
         (
             ConnectionError("Couldn't reach 'me/set' on the Hub (OfflineModeIsEnabled)"),
@@ -365,14 +368,11 @@ GATED.response = Response()
         (
             ValueError("Unknown split \"trian\". Should be one of ['train', 'test'].\nmore"),
             None,
-            'me/set (subset main, split trian) cannot be loaded: Unknown split "trian". Should be one of '
-            "['train', 'test'].",
+            "me/set (subset main, split trian) cannot be loaded: Unknown split \"trian\". Should be one of ['train', 'test'].",
         ),
     ],
 )
-def test_messages_for_the_hub(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, cause: Exception | None, message: str
-) -> None:
+def test_messages_for_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, cause: Exception | None, message: str) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:
         raise error from cause
 

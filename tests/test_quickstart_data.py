@@ -44,9 +44,7 @@ def read(name: str) -> list[dict[str, str]]:
 def test_regeneration_gives_the_same_bytes(tmp_path: Path) -> None:
     make_word_problems.main(tmp_path)
     for name in FILES:
-        assert (tmp_path / name).read_bytes() == (RECIPES / "data" / name).read_bytes(), (
-            f"{name} is not what the script writes"
-        )
+        assert (tmp_path / name).read_bytes() == (RECIPES / "data" / name).read_bytes(), f"{name} is not what the script writes"
 
 
 def test_sizes() -> None:

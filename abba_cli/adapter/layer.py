@@ -1,4 +1,4 @@
-"""The adapted layers: factors of every adapter of one base layer, forward, merge and unmerge.
+"""The adapted linear layer: the factors of every adapter, forward, merge and unmerge.
 
 Shapes as in factors.py; `transposed` is whether the base weight is stored as (n, m), as transformers' Conv1D does.
 """
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
@@ -296,27 +295,6 @@ class AbbaLinear(AbbaLayer):
             and not weight.requires_grad
             and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
-
-
-class AbbaConv1d(AbbaLayer):
-    """ABBA on `nn.Conv1d`, whose weight (m, in/groups, k) is read as a matrix (m, in/groups * k)."""
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        return super().get_delta_weight(adapter_name).view_as(self._weight)
-
-    def _adapted_forward(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        conv: Any = self.get_base_layer()
-        padding = conv.padding
-        for name in names:
-            delta = self.get_delta_weight(name)
-            dropped = self.abba_dropout[name](x).to(delta.dtype)
-            if conv.padding_mode != "zeros":
-                dropped = F.pad(dropped, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-                padding = 0
-            update = F.conv1d(dropped, delta, None, conv.stride, padding, conv.dilation, conv.groups)
-            y = y + update.to(y.dtype)
-        return y  # type: ignore[no-any-return]
 
 
 def weight_shape(base_layer: nn.Module) -> tuple[int, int]:

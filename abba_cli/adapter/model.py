@@ -15,7 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import AbbaConfig
-from .layer import AbbaConv1d, AbbaLayer, AbbaLinear
+from .conv import AbbaConv1d
+from .layer import AbbaLayer, AbbaLinear
 
 Progress = Callable[[int, int], None]
 _progress: ContextVar[Progress | None] = ContextVar("abba_svd_progress", default=None)

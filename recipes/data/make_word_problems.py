@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 SEED = 20250514
-TRAIN_ROWS_PER_FAMILY = 240
+TRAIN_ROWS_PER_FAMILY = 200
 HELDOUT_ROWS_PER_FAMILY = 20
 TRAIN_FILE = "word_problems.jsonl"
 HELDOUT_FILE = "word_problems_heldout.jsonl"
@@ -48,7 +48,6 @@ SYMBOLS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
-    "/": lambda a, b: a // b,
 }
 
 
@@ -74,7 +73,7 @@ class Problem:
 
 
 class Unsuitable(Exception):
-    """The numbers drawn give a step that is fractional, too small or too large; the caller draws again."""
+    """The numbers drawn give a step that is too hard, too small or too large; the caller draws again."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +134,18 @@ def step(a: int, symbol: str, b: int) -> tuple[str, int]:
 
     Args:
         a: The left number.
-        symbol: One of + - * /.
+        symbol: One of + - *.
         b: The right number.
 
     Returns:
         The step as text, "a op b = c", and its result c.
 
     Raises:
-        Unsuitable: c is fractional, below 2 (so that every noun stays plural) or above HIGHEST_NUMBER.
+        Unsuitable: c is below 2 (so that every noun stays plural) or above HIGHEST_NUMBER, or the step carries or borrows.
     """
-    if symbol == "/" and a % b:
-        raise Unsuitable
     result = SYMBOLS[symbol](a, b)
-    if not 2 <= result <= HIGHEST_NUMBER:
+    carries = symbol != "*" and not 0 <= SYMBOLS[symbol](a % 10, b % 10) <= 9
+    if carries or not 2 <= result <= HIGHEST_NUMBER:
         raise Unsuitable
     return f"{a} {symbol} {b} = {result}", result
 
@@ -164,8 +162,8 @@ def one(plural: str) -> str:
 
 
 # The families. Each draws its numbers and words, works the steps out, and tells the story in one of several ways.
-# The numbers are sized to what a model of 135 M parameters learns within minutes: products of small numbers, sums
-# below 200, and subtractions of one digit only (two-digit ones stay its weak spot long after it has the wording).
+# The numbers are sized to what a model of 135 M parameters learns within minutes: products of small numbers, and sums
+# and differences without carrying. It learns the steps themselves in 30 batches, but carrying and borrowing not in 50.
 
 
 def shopping(rng: Random) -> Problem:
@@ -189,41 +187,34 @@ def shopping(rng: Random) -> Problem:
     return Problem(rng.choice(stories), sentences, result, (a, p, b, q))
 
 
-def coupon(rng: Random) -> Problem:
-    """A price with something off: a * p - c."""
+def delivery(rng: Random) -> Problem:
+    """A price with something on top: a * p + c."""
     who, ware = person(rng), rng.choice(WARES)
-    a, p, c = (rng.randint(2, 9) for _ in range(3))
+    a, p, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 20)
     price, cost = step(a, "*", p)
-    rest, result = step(cost, "-", c)
+    total, result = step(cost, "+", c)
     stories = (
-        f"{who.name} buys {a} {ware} for {p} dollars each with {c} dollars off. How many dollars is that?",
-        f"One {one(ware)} costs {p} dollars. {who.name} buys {a} and gets {c} dollars off. What does {who.they} pay?",
-        f"{who.name} sells {a} {ware} for {p} dollars each and spends {c} dollars. How many dollars are left?",
+        f"{who.name} buys {a} {ware} for {p} dollars each and pays {c} dollars for delivery. How many dollars is that?",
+        f"One {one(ware)} costs {p} dollars. {who.name} buys {a} and a card for {c} dollars. What does {who.they} pay?",
+        f"{who.name} sells {a} {ware} for {p} dollars each and gets a tip of {c} dollars. How many dollars is that?",
     )
-    sentences = (f"The {ware} cost {price} dollars.", f"The rest is {rest} dollars.")
+    sentences = (f"The {ware} cost {price} dollars.", f"The total is {total} dollars.")
     return Problem(rng.choice(stories), sentences, result, (a, p, c))
 
 
-def sharing(rng: Random) -> Problem:
-    """Things from containers, with some extra, shared equally: (a * b + c) / k."""
-    who, thing, container = person(rng), rng.choice(THINGS), rng.choice(CONTAINERS)
-    a, b, c, k = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9)
-    packed, inside = step(a, "*", b)
-    everything, total = step(inside, "+", c)
-    share, result = step(total, "/", k)
-    if result > 9:
-        raise Unsuitable
+def parcels(rng: Random) -> Problem:
+    """Containers that each hold two kinds: (a + b) * k."""
+    who, container, (thing, other) = person(rng), rng.choice(CONTAINERS), rng.sample(THINGS, 2)
+    a, b, k = rng.randint(2, 7), rng.randint(2, 7), rng.choice((*range(2, 13), 20, 30))
+    inside, each = step(a, "+", b)
+    everything, result = step(each, "*", k)
     stories = (
-        f"{k} friends share {a} {container} of {b} {thing} and {c} loose {thing}. How many {thing} does each get?",
-        f"{who.name} has {a} {container} of {b} {thing} and {c} more. {k} children share them. How many does each get?",
-        f"There are {a} {container} of {b} {thing} and {c} extra {thing} for {k} players. How many does each get?",
+        f"{who.name} packs {a} {thing} and {b} {other} into each of {k} {container}. How many things is that?",
+        f"There are {k} {container} with {a} {thing} and {b} {other} in each. How many things are there?",
+        f"{who.name} buys {k} {container}. Each holds {a} {thing} and {b} {other}. How many things does {who.they} get?",
     )
-    sentences = (
-        f"The {container} hold {packed} {thing}.",
-        f"The total is {everything} {thing}.",
-        f"Each gets {share} {thing}.",
-    )
-    return Problem(rng.choice(stories), sentences, result, (a, b, c, k))
+    sentences = (f"Each holds {inside} things.", f"The total is {everything} things.")
+    return Problem(rng.choice(stories), sentences, result, (a, b, k))
 
 
 def distance(rng: Random) -> Problem:
@@ -257,18 +248,23 @@ def savings(rng: Random) -> Problem:
 
 
 def baking(rng: Random) -> Problem:
-    """Trays baked, some lost: t * c - x."""
-    who, bake = person(rng), rng.choice(BAKES)
-    t, c, x = (rng.randint(2, 9) for _ in range(3))
-    baked, total = step(t, "*", c)
-    kept, result = step(total, "-", x)
+    """Two batches of trays: t * c + u * d."""
+    who, (bake, other) = person(rng), rng.sample(BAKES, 2)
+    t, c, u, d = (rng.randint(2, 6) for _ in range(4))
+    first, baked = step(t, "*", c)
+    second, more = step(u, "*", d)
+    everything, result = step(baked, "+", more)
     stories = (
-        f"{who.name} bakes {t} trays of {c} {bake} each, but {x} {bake} burn. How many good {bake} are there?",
-        f"There are {t} trays with {c} {bake} on each. {who.name} eats {x} of them. How many {bake} are left?",
-        f"{who.name} makes {t} trays of {c} {bake} and gives {x} {bake} away. How many {bake} does {who.they} keep?",
+        f"{who.name} bakes {t} trays of {c} {bake} and {u} trays of {d} {other}. How many pieces is that?",
+        f"A baker fills {t} trays with {c} {bake} each and {u} trays with {d} {other} each. How many pieces is that?",
+        f"At a party there are {t} plates of {c} {bake} and {u} plates of {d} {other}. How many pieces are there?",
     )
-    sentences = (f"The trays hold {baked} {bake}.", f"The rest is {kept} {bake}.")
-    return Problem(rng.choice(stories), sentences, result, (t, c, x))
+    sentences = (
+        f"There are {first} {bake}.",
+        f"There are {second} {other}.",
+        f"The total is {everything} pieces.",
+    )
+    return Problem(rng.choice(stories), sentences, result, (t, c, u, d))
 
 
 def reading(rng: Random) -> Problem:
@@ -291,8 +287,6 @@ def wages(rng: Random) -> Problem:
     who, (day, next_day) = person(rng), rng.sample(("Monday", "Tuesday", "Friday", "Saturday", "Sunday"), 2)
     h, g, p, t = rng.randint(2, 5), rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
     together, hours = step(h, "+", g)
-    if hours > 9:
-        raise Unsuitable
     paid, wage = step(hours, "*", p)
     everything, result = step(wage, "+", t)
     times = f"{h} hours on {day} and {g} hours on {next_day} for {p} dollars an hour"
@@ -310,30 +304,25 @@ def wages(rng: Random) -> Problem:
 
 
 def picking(rng: Random) -> Problem:
-    """One has a multiple of the other's, and some are used: k * a + a - x."""
+    """A multiple of another's, and some more: k * a + c."""
     who, fruit = person(rng), rng.choice(FRUITS)
     friend = person(rng, other_than=who)
-    k, a, x = rng.randint(2, 5), rng.randint(2, 12), rng.randint(2, 9)
-    times, more = step(k, "*", a)
-    together, total = step(more, "+", a)
-    rest, result = step(total, "-", x)
+    k, a, c = rng.randint(2, 5), rng.randint(2, 12), rng.randint(2, 20)
+    times, many = step(k, "*", a)
+    everything, result = step(many, "+", c)
     stories = (
-        f"{who.name} picks {a} {fruit}, {friend.name} picks {k} times as many, and they eat {x}. How many are left?",
-        f"{who.name} has {a} {fruit}, {friend.name} has {k} times as many, and they sell {x}. How many do they keep?",
-        f"{who.name} buys {a} {fruit}, {friend.name} buys {k} times as many, and {x} are bad. How many are good?",
+        f"{who.name} has {a} {fruit}. {friend.name} has {k} times as many and gets {c} more. How many is that?",
+        f"{friend.name} picks {k} times as many {fruit} as {who.name}, who picks {a}, and then {c} more. How many is that?",
+        f"{who.name} buys {a} {fruit}. {friend.name} buys {k} times as many, then {c} more. How many does {friend.name} buy?",
     )
-    sentences = (
-        f"{friend.name} has {times} {fruit}.",
-        f"The total is {together} {fruit}.",
-        f"The rest is {rest} {fruit}.",
-    )
-    return Problem(rng.choice(stories), sentences, result, (k, a, x))
+    sentences = (f"First {friend.name} has {times} {fruit}.", f"The total is {everything} {fruit}.")
+    return Problem(rng.choice(stories), sentences, result, (k, a, c))
 
 
 def passengers(rng: Random) -> Problem:
     """People getting off and on: a - b + c."""
     vehicle, driver = rng.choice(("bus", "train", "tram", "ferry", "boat")), person(rng)
-    a, b, c = rng.randint(12, 40), rng.randint(2, 9), rng.randint(2, 9)
+    a, b, c = rng.randint(12, 79), rng.randint(2, 9), rng.randint(2, 9)
     off, fewer = step(a, "-", b)
     on, result = step(fewer, "+", c)
     stories = (
@@ -347,8 +336,8 @@ def passengers(rng: Random) -> Problem:
 
 FAMILIES: tuple[Callable[[Random], Problem], ...] = (
     shopping,
-    coupon,
-    sharing,
+    delivery,
+    parcels,
     distance,
     savings,
     baking,

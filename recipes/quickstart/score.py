@@ -87,15 +87,11 @@ def is_correct(text: str, reference: str) -> bool:
 
 def main() -> None:
     """Read the command line, answer the questions twice, and print the comparison."""
-    parser = argparse.ArgumentParser(
-        description="Held-out accuracy of the quickstart's adapter, before and after training."
-    )
+    parser = argparse.ArgumentParser(description="Held-out accuracy of the quickstart's adapter, before and after training.")
     parser.add_argument("run", type=Path, help="run directory written by `abba train recipes/quickstart.yaml`")
     parser.add_argument("--limit", type=int, default=100, help="held-out questions to ask (default: 100)")
     parser.add_argument("--batch-size", type=int, default=50, help="questions answered at once (default: 50)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer (default: %(default)s)"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer (default: %(default)s)")
     options = parser.parse_args()
     if min(options.limit, options.batch_size, options.max_new_tokens) < 1:
         parser.error("--limit, --batch-size and --max-new-tokens have to be at least 1")
@@ -182,9 +178,7 @@ def answer_all(
 
     tokenizer = template.tokenizer
     tokenizer.padding_side = "left"
-    prompts = [
-        encode_prompt(template.prompt_text(Example((Message("user", question),))), tokenizer) for question in questions
-    ]
+    prompts = [encode_prompt(template.prompt_text(Example((Message("user", question),))), tokenizer) for question in questions]
     # Fresh, so that no sampling setting of the base model's own generation_config.json applies.
     greedy = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,

@@ -1,0 +1,157 @@
+"""The recipe's adapter on a model: translated into PEFT's terms, and tried on the model's skeleton before any weight is read.
+
+Shapes: an adapted layer's frozen weight W0 is (m, n); its factors are B1 (m, r1), A1 (r1, n), B2 (m, r2), A2 (r2, n).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from abba_cli.adapter import AbbaConfig, svd_progress
+from abba_cli.bases import Base
+from abba_cli.errors import ModelError
+from abba_cli.hub import explain
+from abba_cli.loading import skeleton
+from abba_cli.recipe import AdapterSection, ModelSection
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    adapter: AdapterSection,
+    base: Base,
+    start_from: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    kinds: str = "",
+) -> PeftModel:
+    """Put the recipe's adapter on a model.
+
+    Args:
+        model: The base, or its skeleton.
+        adapter: The recipe's section.
+        base: Recorded in the adapter's configuration.
+        start_from: A checkpoint or trained adapter to load instead of a fresh start; no SVD runs then.
+        progress: Called with layers done and layers in all during the SVD of a fresh start.
+        kinds: The names of linear layers, for the message when no target matches.
+
+    Raises:
+        ModelError: The targets match no layer, or `start_from` does not fit.
+    """
+    config = adapter_config(adapter, base)
+    if start_from is not None:
+        return _load_adapter(model, config, start_from)
+    if model.device.type == "meta":
+        config.init_weights = False
+        with init_empty_weights():
+            adapted = _inject(model, config, adapter, kinds)
+    else:
+        with svd_progress(progress or _ignore_progress):
+            adapted = _inject(model, config, adapter, kinds)
+    return adapted
+
+
+def _ignore_progress(done: int, total: int) -> None:
+    pass
+
+
+def adapter_config(adapter: AdapterSection, base: Base) -> AbbaConfig:
+    """Translate the recipe's section into PEFT's terms; the one place that does."""
+    return AbbaConfig(
+        r1=adapter.r1,
+        r2=adapter.r2,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        exclude_modules=adapter.exclude,
+        layers_to_transform=adapter.layers,
+        rank_pattern={name: list(rank) if isinstance(rank, tuple) else rank for name, rank in adapter.rank_pattern.items()},
+        alpha_pattern=dict(adapter.alpha_pattern),
+        modules_to_save=adapter.modules_to_save or None,
+        init_weights="svd" if adapter.init == "svd" else "random",
+        base_model_name_or_path=base.location,
+        revision=base.revision,
+        task_type="CAUSAL_LM",
+    )
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer under the adapter: W0 is (m, n)."""
+
+    name: str
+    m: int
+    n: int
+    r1: int
+    r2: int
+
+
+def adapted_layers(adapted: PeftModel) -> list[AdaptedLayer]:
+    """The layers that carry the adapter, in the model's order."""
+    layers = []
+    for name, module in adapted.get_base_model().named_modules():
+        if "default" in getattr(module, "abba_B1", {}):
+            (m, r1), (r2, n) = module.abba_B1["default"].shape, module.abba_A2["default"].shape
+            layers.append(AdaptedLayer(name, m, n, r1, r2))
+    return layers
+
+
+def check_adapter(config: PreTrainedConfig, model: ModelSection, adapter: AdapterSection, base: Base) -> PeftModel:
+    """Try the recipe's adapter on the model's skeleton, before any weight is read.
+
+    Returns:
+        The adapted skeleton.
+
+    Raises:
+        ModelError: A target matches no layer (the message lists those that exist), or a rank exceeds a layer's smaller side.
+    """
+    bare = skeleton(config, model)
+    head = bare.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = [name for name, module in bare.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    adapted = attach_adapter(bare, adapter, base, kinds=kinds)
+    layers = adapted_layers(adapted)
+    for target in adapter.targets if isinstance(adapter.targets, list) else []:
+        # PEFT is content when one of several names matches; a misspelt one would silently stay untrained.
+        if not any(layer.name == target or layer.name.endswith(f".{target}") for layer in layers):
+            raise ModelError(f"adapter.targets: {target!r} matches no layer; the model's linear layers are: {kinds}")
+    for layer in layers:
+        for key, rank in (("r1", layer.r1), ("r2", layer.r2)):
+            if rank > min(layer.m, layer.n):
+                raise ModelError(
+                    f"adapter.{key} is {rank}, but {layer.name} is {layer.m} x {layer.n}: expected at most "
+                    f"{min(layer.m, layer.n)}; lower adapter.{key}, or give this layer its own rank in adapter.rank_pattern"
+                )
+    return adapted
+
+
+def _inject(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection, kinds: str) -> PeftModel:
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
+    except ValueError as error:
+        if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
+            found = f"{adapter.targets!r} matches no layer; the model's linear layers are: {kinds}"
+            raise ModelError(f"adapter.targets: {found}") from None
+        raise ModelError(f"adapter: {' '.join(str(error).split())}") from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _load_adapter(model: PreTrainedModel, config: AbbaConfig, start_from: str) -> PeftModel:
+    with explain(f"adapter {start_from}", page=start_from):
+        saved = PeftConfig.from_pretrained(start_from)
+    if not isinstance(saved, AbbaConfig):
+        raise ModelError(f"{start_from} holds a {saved.peft_type} adapter; expected an ABBA one")
+    for key in ("r1", "r2", "alpha", "rank_pattern", "alpha_pattern"):
+        if getattr(saved, key) != getattr(config, key):
+            raise ModelError(
+                f"{start_from} was trained with {key} = {getattr(saved, key)}, the recipe has {getattr(config, key)}; "
+                f"set adapter.{key} to the adapter's value"
+            )
+    with explain(f"adapter {start_from}", page=start_from):
+        adapted = PeftModel.from_pretrained(model, start_from, is_trainable=True)
+    assert isinstance(adapted, PeftModel)
+    return adapted

@@ -1,0 +1,165 @@
+"""The shape of the code: imports point one way, heavy libraries are loaded late, modules stay small."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "abba_cli"
+
+# A module imports only from those above it; a new one is put where its imports allow.
+ORDER = [
+    "abba_cli",
+    "abba_cli.errors",
+    "abba_cli.recipe",
+    "abba_cli.recipe_reference",
+    "abba_cli.recipe_file",
+    "abba_cli.rundir",
+    "abba_cli.formats",
+    "abba_cli.prompts",
+    "abba_cli.batches",
+    "abba_cli.prepared",
+    "abba_cli.sources",
+    "abba_cli.data",
+    "abba_cli.adapter.config",
+    "abba_cli.adapter.factors",
+    "abba_cli.adapter.kernels",
+    "abba_cli.adapter.quantised",
+    "abba_cli.adapter.layer",
+    "abba_cli.adapter.conv",
+    "abba_cli.adapter.model",
+    "abba_cli.adapter",
+    "abba_cli.hub",
+    "abba_cli.bases",
+    "abba_cli.loading",
+    "abba_cli.adapting",
+    "abba_cli.plan",
+    "abba_cli.events",
+    "abba_cli.provenance",
+    "abba_cli.sampling",
+    "abba_cli.loss",
+    "abba_cli.loop",
+    "abba_cli.training",
+    "abba_cli.ui",
+    "abba_cli.cli",
+    "abba_cli.__main__",
+]
+MAX_LINES = 300
+HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "pandas", "pyarrow", "matplotlib"}
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(name: str) -> Iterator[str]:
+    """Modules of the package that a module imports, also inside functions, but not for type checkers alone."""
+    tree = ast.parse(MODULES[name].read_text())
+    for branch in ast.walk(tree):
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            branch.body = [ast.Pass()]
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            if source in MODULES:
+                inner = {f"{source}.{alias.name}" for alias in node.names} & MODULES.keys()
+                yield from inner
+                if len(inner) < len(node.names):
+                    yield source
+
+
+def test_the_list_has_every_module_once() -> None:
+    assert sorted(ORDER) == sorted(MODULES), "put new modules into ORDER, where their imports allow it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_up_the_list_only(name: str) -> None:
+    above = ORDER[: ORDER.index(name)]
+    wrong = sorted(set(imported(name)) - set(above))
+    assert not wrong, f"{name} imports {', '.join(wrong)}, which stands below it in ORDER"
+
+
+def test_the_walk_sees_imports() -> None:
+    """The tests above would pass on a walk that finds nothing."""
+    assert {"abba_cli.errors", "abba_cli.recipe"} <= set(imported("abba_cli.recipe_file"))
+    assert {"abba_cli.adapter.config", "abba_cli.adapter.factors"} <= set(imported("abba_cli.adapter.layer"))
+    assert "abba_cli.training" in set(imported("abba_cli.cli"))
+    assert "abba_cli.training" not in set(imported("abba_cli"))
+
+
+def test_the_adapter_knows_nothing_of_the_rest() -> None:
+    for name in (name for name in MODULES if name.startswith("abba_cli.adapter")):
+        assert all(other.startswith("abba_cli.adapter") for other in imported(name)), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text()))
+    assert docstring
+    assert len(docstring.splitlines()[0]) > 10
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_is_long(name: str) -> None:
+    lines = len(MODULES[name].read_text().splitlines())
+    assert lines <= MAX_LINES, f"{name} has {lines} lines: it does more than one thing"
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after the code."""
+    report = "import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys\nfrom abba_cli.cli import app\nsys.argv = ['abba', '--help']\ntry:\n    app()\nexcept SystemExit:\n    pass"
+    )
+    loaded = loaded_by(code)
+    assert "typer" in loaded
+    assert not loaded & (HEAVY | {"pydantic", "yaml", "jinja2", "numpy"})
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    loaded = loaded_by("import abba_cli")
+    assert "abba_cli" in loaded
+    assert not loaded & (HEAVY | {"pydantic", "typer", "yaml", "numpy"})
+
+
+def test_reading_a_recipe_loads_no_heavy_library() -> None:
+    assert not loaded_by("from abba_cli import load_recipe, Recipe") & HEAVY
+
+
+def test_help_and_version_are_instant() -> None:
+    for option in ("--help", "--version"):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "abba_cli", option], capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        # Half a second on a free machine; the bound leaves room for a busy one.
+        assert min(times) < 2, times
+
+
+def test_the_adapter_needs_no_bitsandbytes_and_none_of_the_command_lines_libraries() -> None:
+    blocked = ("bitsandbytes", "typer", "pydantic", "rich", "matplotlib")
+    block = f"import sys\nfor name in {blocked!r}:\n    sys.modules[name] = None"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{block}\nimport abba_cli.adapter\nprint(abba_cli.adapter.AbbaConfig(r1=2, r2=3).r2)"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

@@ -1,0 +1,319 @@
+"""`train` on a real tiny model: what it writes, how it resumes, stops, and refuses."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from abba_cli import load_recipe, train
+from abba_cli.errors import ModelError, RunError, TrainingDiverged
+from abba_cli.events import Evaluated, Event, Finished, Started, Stepped
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RecipeFile = Callable[..., Path]
+
+
+class Killed(Exception):
+    """Stands for a process that ends without a word."""
+
+
+def kill_after(step: int) -> Callable[[Event], None]:
+    def listen(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == step:
+            raise Killed
+
+    return listen
+
+
+def factors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_run_directory_holds_the_contract(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    run = train(recipe_file())
+    names = {path.name for path in run.path.iterdir()}
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "provenance.json",
+        "README.md",
+        "checkpoints",
+    } <= names
+    assert not [name for name in names if name.startswith(".")]
+    assert [path.name for path in sorted((run.path / "checkpoints").iterdir())] == ["checkpoint-4", "checkpoint-6"]
+    steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert run.recipe() == load_recipe(recipe_file())
+    record = run.provenance()
+    assert record["outcome"]["steps"] == 6
+    assert record["versions"]["torch"] == torch.__version__
+    assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peft_loads_the_run_and_it_has_learned(recipe_file: RecipeFile, tiny_llama: Path) -> None:
+    events: list[Event] = []
+    run = train(recipe_file(), ["training.max_steps=20", "adapter.dropout=0"], listen=events.append)
+    losses = [event.loss for event in events if isinstance(event, Stepped)]
+    assert losses[-1] < losses[0] - 0.5
+    model = AutoPeftModelForCausalLM.from_pretrained(run.path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokens = AutoTokenizer.from_pretrained(run.path)("What is 2 + 2?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert not torch.allclose(model(tokens).logits, base(tokens).logits)
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, base(tokens).logits)
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
+    recipe_file: RecipeFile, tmp_path: Path, killed_after: int
+) -> None:
+    whole = train(recipe_file(output=str(tmp_path / "whole")))
+    with pytest.raises(Killed):
+        train(recipe_file(), listen=kill_after(killed_after))
+    events: list[Event] = []
+    resumed = train(recipe_file(), listen=events.append)
+    started = next(event for event in events if isinstance(event, Started))
+    assert started.step == killed_after - 1
+    assert same(factors(whole.path), factors(resumed.path))
+    strip = [[(row["step"], row["loss"], row["learning_rate"]) for row in run.metrics()] for run in (whole, resumed)]
+    assert strip[0] == strip[1]
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    whole = train(recipe_file(output=str(tmp_path / "whole")))
+    with pytest.raises(Killed):
+        train(recipe_file(), listen=kill_after(5))
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    events: list[Event] = []
+    resumed = train(recipe_file(), listen=events.append)
+    assert next(event for event in events if isinstance(event, Started)).step == 2
+    assert same(factors(whole.path), factors(resumed.path))
+
+
+def test_only_the_end_is_missing(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    whole = train(recipe_file())
+    before = factors(whole.path)
+    for name in ("adapter_model.safetensors", "provenance.json", "loss.png"):
+        (whole.path / name).unlink()
+    events: list[Event] = []
+    again = train(recipe_file(), listen=events.append)
+    assert not [event for event in events if isinstance(event, Stepped)]
+    assert same(before, factors(again.path))
+    assert again.finished
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(recipe_file: RecipeFile) -> None:
+    run = train(recipe_file())
+    before = factors(run.path)
+    events: list[Event] = []
+    train(recipe_file(), listen=events.append)
+    assert [event.already for event in events if isinstance(event, Finished)] == [True]
+    assert same(before, factors(run.path))
+    events.clear()
+    train(recipe_file(), ["training.max_steps=8"], listen=events.append)
+    assert [event.step for event in events if isinstance(event, Stepped)] == [7, 8]
+    assert not same(before, factors(run.path))
+
+
+def test_another_recipe_in_the_same_directory_is_refused_with_the_difference(recipe_file: RecipeFile) -> None:
+    run = train(recipe_file())
+    before = factors(run.path)
+    with pytest.raises(RunError, match=r"adapter\.r1: 4 there, 5 now"):
+        train(recipe_file(), ["adapter.r1=5"])
+    assert same(before, factors(run.path))
+    train(recipe_file(), ["adapter.r1=5"], restart=True)
+    assert factors(run.path)["base_model.model.model.layers.0.self_attn.q_proj.abba_A1"].shape[0] == 5
+
+
+def test_changed_data_is_refused(recipe_file: RecipeFile, rows: Path, tmp_path: Path) -> None:
+    moved, changed = tmp_path / "moved.jsonl", tmp_path / "changed.jsonl"
+    shutil.copy(rows, moved)
+    changed.write_text(rows.read_text().replace("It is 3", "It is 4"))
+    train(recipe_file())
+    train(recipe_file(), [f"data.train.0.path={moved}", "training.max_steps=7"])
+    with pytest.raises(RunError, match="the training data is not what the run"):
+        train(recipe_file(), [f"data.train.0.path={changed}", "training.max_steps=8"])
+
+
+def test_a_start_that_died_before_its_first_checkpoint_is_started_again(recipe_file: RecipeFile) -> None:
+    with pytest.raises(Killed):
+        train(recipe_file(), listen=kill_after(1))
+    events: list[Event] = []
+    run = train(recipe_file(), ["adapter.r1=5"], listen=events.append)
+    assert next(event for event in events if isinstance(event, Started)).step == 0
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_directory_that_is_not_a_run_is_refused_untouched(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter1.tex").write_text("precious")
+    for restart in (False, True):
+        with pytest.raises(RunError, match="is not empty and not a run"):
+            train(recipe_file(output=str(folder)), restart=restart)
+    assert [path.name for path in folder.iterdir()] == ["chapter1.tex"]
+
+
+def test_one_by_four_equals_two_by_two_and_four_by_one(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    losses, weights = [], []
+    for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
+        overrides = [
+            f"training.batch_size={batch}",
+            f"training.gradient_accumulation={accumulation}",
+            "adapter.dropout=0",
+            f"output={tmp_path / f'{batch}x{accumulation}'}",
+        ]
+        run = train(recipe_file(), overrides)
+        losses.append(torch.tensor([row["loss"] for row in run.metrics()]))
+        weights.append(factors(run.path))
+    for other, others in zip(losses[1:], weights[1:], strict=True):
+        torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=1e-5)
+        for name, tensor in others.items():
+            torch.testing.assert_close(tensor, weights[0][name], rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_loss_is_the_mean_over_supervised_tokens(recipe_file: RecipeFile, rows: Path, tiny_llama: Path) -> None:
+    events: list[Event] = []
+    train(
+        recipe_file(),
+        [f"data.eval={rows}", "data.eval.0.max_rows=5", "evaluation.batch_size=2", "training.max_steps=1"],
+        listen=events.append,
+    )
+    before = next(event.loss for event in events if isinstance(event, Evaluated))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    total, count = 0.0, 0
+    for line in rows.read_text().splitlines()[:5]:
+        row = json.loads(line)
+        asked = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        text = prompt + row["answer"] + tokenizer.eos_token
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)
+        total -= sum(logprobs[0, at - 1, ids[0, at]].item() for at in range(start, ids.shape[1]))
+        count += ids.shape[1] - start
+    assert before == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_best_adapter_is_kept_and_training_stops_early(recipe_file: RecipeFile, rows: Path) -> None:
+    # A rate this high makes the evaluation loss rise after the first steps.
+    overrides = [
+        f"data.eval={rows}",
+        "evaluation.every_steps=1",
+        "evaluation.patience=2",
+        "training.learning_rate=0.5",
+        "training.max_steps=20",
+        "training.max_grad_norm=0",
+        "checkpoints.keep=1",
+    ]
+    events: list[Event] = []
+    run = train(recipe_file(), overrides, listen=events.append)
+    outcome = next(event.outcome for event in events if isinstance(event, Finished))
+    evaluated = {event.step: event.loss for event in events if isinstance(event, Evaluated) and event.step}
+    assert outcome.steps < 20
+    assert outcome.used_step == min(evaluated, key=lambda step: evaluated[step]) < outcome.steps
+    best = factors(run.path / "checkpoints" / f"checkpoint-{outcome.used_step}")
+    assert same(factors(run.path), best)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    overrides = ["training.learning_rate=1e30", "training.warmup_ratio=0.5", "training.max_grad_norm=0", "training.max_steps=8"]
+    with pytest.raises(TrainingDiverged, match=r"is (nan|inf) at step .*learning_rate"):
+        train(recipe_file(), [*overrides, "checkpoints.every_steps=1"])
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert kept
+    for tensor in factors(kept[-1]).values():
+        assert tensor.isfinite().all()
+
+
+def test_start_from_goes_on_with_new_data_and_runs_no_svd(
+    recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(recipe_file())
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    overrides = [f"adapter.start_from={first.path}", f"output={tmp_path / 'second'}", "training.learning_rate=1e-12"]
+    second = train(recipe_file(), overrides)
+    for name, tensor in factors(second.path).items():
+        torch.testing.assert_close(tensor, factors(first.path)[name], rtol=0, atol=1e-8)
+    with pytest.raises(ModelError, match="was trained with r1 = 4, the recipe has 5"):
+        train(recipe_file(), [*overrides, "adapter.r1=5", f"output={tmp_path / 'third'}"])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_learns_too(recipe_file: RecipeFile, packing: bool) -> None:
+    run = train(recipe_file(), [f"data.packing={packing}", "training.max_steps=15", "adapter.dropout=0"])
+    losses = [row["loss"] for row in run.metrics()]
+    assert losses[-1] < losses[0] - 0.4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.gradient_checkpointing=true",
+        "training.scheduler=constant",
+        "training.scheduler=linear",
+        "training.optimizer=adamw_8bit",
+        "model.attention=eager",
+        "adapter.dtype=bfloat16",
+        "adapter.init=random",
+        "adapter.targets=all-linear",
+        "adapter.targets=.*layers.0.*proj",
+        "adapter.modules_to_save=[lm_head]",
+        "data.supervise=all",
+        "model.quantization=nf4",
+        "model.quantization=int8",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_options_train(recipe_file: RecipeFile, override: str) -> None:
+    run = train(recipe_file(), [override, "training.max_steps=8", "adapter.dropout=0"])
+    losses = [row["loss"] for row in run.metrics()]
+    assert losses[-1] < losses[0]
+
+
+def test_samples_are_written(recipe_file: RecipeFile, rows: Path) -> None:
+    run = train(recipe_file(), [f"data.eval={rows}", "evaluation.samples=2", "evaluation.sample_max_tokens=5"])
+    samples = [json.loads(line) for line in run.samples_file.read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 6, 6]
+    assert samples[0]["reference"].startswith("It is 0.")
+
+
+def test_full_disk_is_found_before_the_first_step(recipe_file: RecipeFile) -> None:
+    """A device that is always full: /dev/full behind the recipe's own folder is not possible, so a tiny tmpfs is mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    folder = Path("/tmp") / f"abba-small-{os.getpid()}"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {folder} 2>/dev/null") != 0:
+        folder.rmdir()
+        pytest.skip("this machine does not let the test mount a tmpfs")
+    events: list[Event] = []
+    try:
+        with pytest.raises(RunError, match=r"(no space left|No space left|MB free)"):
+            train(recipe_file(output=str(folder / "run")), listen=events.append)
+    finally:
+        os.system(f"umount {folder}")
+        folder.rmdir()
+    assert not [event for event in events if isinstance(event, Stepped)]
