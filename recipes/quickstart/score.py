@@ -144,6 +144,7 @@ def load_run(folder: Path) -> tuple[PeftModel, Template]:
     from abba_cli.rundir import RunDir
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, load_template(RunDir(folder).recipe().data.template, tokenizer)
@@ -208,7 +209,8 @@ def report(console: Console, rows: Sequence[dict[str, str]], before: Scored, aft
     for title, scored in (("Before", before), ("After", after)):
         verdict = "[green]right[/]" if scored.correct[shown] else "[red]wrong[/]"
         console.print(f"[bold]{title}[/] ({verdict})  {escape(scored.texts[shown])}")
-    table = Table(title=f"\nHeld-out accuracy, exact answers, n = {len(rows)}", title_justify="left")
+    console.print(f"\n[bold]Held-out accuracy[/], exact answers, n = {len(rows)}")
+    table = Table()
     for heading in ("", "right", "accuracy"):
         table.add_column(heading, justify="right" if heading else "left")
     for title, scored in (("before training", before), ("after training", after)):

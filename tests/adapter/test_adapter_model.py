@@ -176,9 +176,7 @@ def test_gradients_equal_those_of_the_plain_formula(tiny: ModelMaker, ids: torch
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(
-    tiny: ModelMaker, ids: torch.Tensor, use_reentrant: bool
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(tiny: ModelMaker, ids: torch.Tensor, use_reentrant: bool) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = get_peft_model(tiny(), config(init_weights=False))
@@ -444,8 +442,7 @@ def test_a_bfloat16_merge_is_the_weight_that_training_used(tiny: ModelMaker, ids
     model = trained(tiny(dtype=torch.bfloat16), ids)
     layers = abba_layers(model.base_model.model)
     exact = {
-        name: (layer.weight.double() + layer.get_delta_weight("default").double()).bfloat16()
-        for name, layer in layers.items()
+        name: (layer.weight.double() + layer.get_delta_weight("default").double()).bfloat16() for name, layer in layers.items()
     }
     ids = ids.repeat(8, 1)  # enough tokens for the effective weight
     expected = logits(model, ids)
