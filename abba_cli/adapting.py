@@ -43,7 +43,7 @@ def attach_adapter(
     """
     config = adapter_config(adapter, base)
     if start_from is not None:
-        return _load_adapter(model, config, start_from)
+        return _load_adapter(model, config, adapter, start_from)
     if model.device.type == "meta":
         config.init_weights = False
         with init_empty_weights():
@@ -135,12 +135,31 @@ def _inject(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection,
         if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
             found = f"{adapter.targets!r} matches no layer; the model's linear layers are: {kinds}"
             raise ModelError(f"adapter.targets: {found}") from None
+        if "is not supported" in str(error):
+            other = str(error).removeprefix("Target module ").partition("(")[0]
+            found = f"{adapter.targets!r} matches a {other}, which is no linear layer; the model's linear layers are: {kinds}"
+            raise ModelError(f"adapter.targets: {found}") from None
         raise ModelError(f"adapter: {' '.join(str(error).split())}") from None
     assert isinstance(adapted, PeftModel)
     return adapted
 
 
-def _load_adapter(model: PreTrainedModel, config: AbbaConfig, start_from: str) -> PeftModel:
+def _load_adapter(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection, start_from: str) -> PeftModel:
+    check_saved(config, start_from)
+    with explain(f"adapter {start_from}", page=start_from):
+        adapted = PeftModel.from_pretrained(
+            model, start_from, is_trainable=True, autocast_adapter_dtype=adapter.dtype == "float32"
+        )
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def check_saved(config: AbbaConfig, start_from: str) -> None:
+    """Compare a saved adapter's configuration with the recipe's, without reading its weights.
+
+    Raises:
+        ModelError: There is none, it is of another method, or its ranks or alphas are others.
+    """
     with explain(f"adapter {start_from}", page=start_from):
         saved = PeftConfig.from_pretrained(start_from)
     if not isinstance(saved, AbbaConfig):
@@ -151,7 +170,3 @@ def _load_adapter(model: PreTrainedModel, config: AbbaConfig, start_from: str) -
                 f"{start_from} was trained with {key} = {getattr(saved, key)}, the recipe has {getattr(config, key)}; "
                 f"set adapter.{key} to the adapter's value"
             )
-    with explain(f"adapter {start_from}", page=start_from):
-        adapted = PeftModel.from_pretrained(model, start_from, is_trainable=True)
-    assert isinstance(adapted, PeftModel)
-    return adapted

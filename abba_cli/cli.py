@@ -60,7 +60,10 @@ def train(
     from abba_cli import training
     from abba_cli.ui import RunDisplay
 
-    with RunDisplay(Console(), plan_only=dry_run) as display:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width; 80 would fold the tables
+    with RunDisplay(console, plan_only=dry_run) as display:
         if dry_run:
             training.prepare(read, restart=restart, listen=display)
         else:
@@ -80,7 +83,7 @@ def schema() -> None:
 def main() -> None:
     """Run the command line; a user's error becomes one message and exit code 1."""
     try:
-        app()
+        app(prog_name="abba")
     except TrainingInterrupted as error:
         typer.echo(str(error), err=True)
         sys.exit(128 + error.signal_number)

@@ -63,8 +63,10 @@ def skeleton(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
 
 
 def check_quantization(model: ModelSection) -> None:
-    """Raises:
-    ModelError: The recipe asks for a quantised base and bitsandbytes is not installed.
+    """Make sure that the base can be quantised as the recipe asks.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
     """
     if model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"model.quantization: {model.quantization} needs bitsandbytes; pip install bitsandbytes")
@@ -96,6 +98,11 @@ def load_model(base: Base, model: ModelSection) -> PreTrainedModel:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base.location, trust_remote_code=model.trust_remote_code, **base.keywords(), **keywords
         )
+    for module in loaded.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            # bitsandbytes 0.50.2 repacks a 4-bit weight in the first evaluation on such a CPU, and a later training forward
+            # through the repacked layer loses the gradient of its input.
+            module.support_avx512bf16_for_cpu = False
     loaded.requires_grad_(False)
     loaded.config.use_cache = False  # training needs none; generation asks for its own
     return loaded

@@ -1,6 +1,7 @@
 """The training loop: transformers' Trainer with the recipe's settings, an exact evaluation loss, and run-directory callbacks."""
 
 import dataclasses
+import importlib.util
 import math
 import resource
 import signal
@@ -22,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from abba_cli.errors import TrainingDiverged
+from abba_cli.errors import RunError, TrainingDiverged
 from abba_cli.events import Evaluated, Listener, Saved, Stepped
 from abba_cli.loss import row_losses
 from abba_cli.recipe import Recipe
@@ -239,6 +240,17 @@ def extra_callbacks(recipe: Recipe) -> list[TrainerCallback]:
     """Early stopping, where the recipe asks for it."""
     patience = recipe.evaluation.patience
     return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
+
+
+def check_logger(recipe: Recipe) -> None:
+    """Make sure that the recipe's logger can be used.
+
+    Raises:
+        RunError: Its package is not installed.
+    """
+    name = recipe.logging.logger
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise RunError(f"logging.logger: {name} is not installed; pip install {name}, or set it to none")
 
 
 def quiet(trainer: Trainer) -> Trainer:

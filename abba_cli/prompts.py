@@ -234,15 +234,11 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     if tokenizer.eos_token is None:
         raise DataError("the tokenizer has no end-of-sequence token, so no answer could ever end: set its eos_token")
     if tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"] != [tokenizer.eos_token_id]:
-        raise DataError(
-            f"the tokenizer splits its end-of-sequence token {tokenizer.eos_token!r}, so no answer could ever end: "
-            "make it a special token"
-        )
+        raise DataError(f"the tokenizer splits its end-of-sequence token {tokenizer.eos_token!r}: no answer could ever end")
     if name == "chat":
         if not tokenizer.chat_template:
             raise DataError(
-                "data.template is chat, but the tokenizer has no chat template: set data.template to alpaca, none or a "
-                "Jinja file, or take an instruction-tuned model"
+                "data.template is chat, but the tokenizer has no chat template: set it to alpaca, none or a Jinja file"
             )
         bos = str(tokenizer.bos_token) if leading_ids(tokenizer) else ""
         return ChatTemplate(tokenizer, bos, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()))

@@ -16,7 +16,7 @@ from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
 from abba_cli.data import prepare as prepare_data
 from abba_cli.errors import RunError, TrainingInterrupted
 from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
-from abba_cli.loop import AbbaTrainer, Recorder, arguments, extra_callbacks, peak_memory, quiet, total_steps
+from abba_cli.loop import AbbaTrainer, Recorder, arguments, check_logger, extra_callbacks, peak_memory, quiet, total_steps
 from abba_cli.loss import Collator, SupervisedBatches, keeps_logits, supervised_loss
 from abba_cli.plan import Plan, make_plan
 from abba_cli.prepared import PreparedData
@@ -118,6 +118,7 @@ def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore,
     run, checkpoint = open_run(recipe, restart)
     listen(Stage("Reading the model's configuration"))
     loading.check_quantization(recipe.model)
+    check_logger(recipe)
     base = bases.find_base(recipe.model)
     if base.gguf_file and read_weights:
         listen(Stage(f"Dequantising {base.gguf_file} (once)"))
@@ -125,6 +126,8 @@ def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore,
     config = loading.load_config(base, recipe.model)
     tokenizer = loading.load_tokenizer(base, recipe.model)
     skeleton = adapting.check_adapter(config, recipe.model, recipe.adapter, base)
+    if recipe.adapter.start_from is not None:
+        adapting.check_saved(adapting.adapter_config(recipe.adapter, base), recipe.adapter.start_from)
 
     listen(Stage("Reading the data"))
     data = prepare_data(

@@ -134,7 +134,7 @@ def show_audit(console: Console, data: PreparedData, example: bool) -> None:
     """The data audit: a row for each source, and the first example with the supervised part in colour."""
     table = Table(title="Data", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for heading in ("split", "source", "read as"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for heading in ("rows", "tokens", "supervised", "longest", "truncated", "dropped"):
         table.add_column(heading, justify="right")
     for split, audit in data.audit.items():
@@ -234,7 +234,7 @@ def _warned(count: int, total: int) -> str:
 
 
 def _short(path: str) -> str:
-    return path if len(path) <= 48 else f"...{path[-45:]}"
+    return path if len(path) <= 40 else f"...{path[-37:]}"
 
 
 def _one_line(text: str, limit: int = 300) -> str:

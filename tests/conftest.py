@@ -2,6 +2,12 @@
 
 import json
 import os
+
+# No test may reach out: whatever is not local must fail at once, as it would for a user without a network. The libraries read
+# this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +18,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from abba_cli.bases import package_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# No test may reach out: whatever is not local must fail at once, as it would for a user without a network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ ORDER = [
     "abba_cli.adapter.kernels",
     "abba_cli.adapter.quantised",
     "abba_cli.adapter.layer",
+    "abba_cli.adapter.linear",
     "abba_cli.adapter.conv",
     "abba_cli.adapter.model",
     "abba_cli.adapter",

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from abba_cli import __version__
 from abba_cli.cli import main
-from safetensors.torch import load_file
 
 RecipeFile = Callable[..., Path]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -78,7 +79,7 @@ def test_dry_run_writes_nothing(abba: Callable[..., tuple[int, str, str]], recip
 
 BAD: dict[str, tuple[list[str], str]] = {
     "unknown key": (["training.learning_rat=1"], "did you mean learning_rate"),
-    "wrong type": (["training.seed=x"], "training.seed is 'x': expected"),
+    "wrong type": (["training.seed=x"], 'training.seed is "x": expected a whole number'),
     "rank above the layer": (["adapter.r1=17"], r"adapter.r1 is 17, but .*k_proj is 16 x 32: expected at most 16"),
     "rank pattern above the layer": (["adapter.r2=40"], r"adapter.r2 is 40, but .* expected at most"),
     "no target": (
@@ -86,16 +87,21 @@ BAD: dict[str, tuple[list[str], str]] = {
         "linear layers are: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
     ),
     "one target of two": (["adapter.targets=[q_proj, q_porj]"], r"'q_porj' matches no layer"),
-    "regex without a match": (["adapter.targets=.*attention.*"], r"'.\*attention.\*' matches no layer"),
+    "regex without a match": (["adapter.targets=.*attn_block.*"], r"'.\*attn_block.\*' matches no layer"),
+    "regex that hits a norm": (["adapter.targets=.*attention.*"], "matches a LlamaRMSNorm, which is no linear layer; .* q_proj"),
     "missing data file": (["data.train.0.path=./rowz.jsonl"], "rowz.jsonl does not exist"),
     "unknown package": (["model.name=package:no_such_thing"], "no installed Python package has this import name"),
     "unknown directory": (["model.name=/no/such/model"], "there is no directory /no/such/model"),
     "hub id without a network": (["model.name=me/model"], "hub cannot be reached|not in the local cache"),
     "not a hub id": (["model.name=me/model/extra"], "neither a local directory nor a hub id"),
-    "columns not found": (["data.train.0.prompt={{ query }}", "data.train.0.completion={{ answer }}"], "query.*question, answer"),
+    "columns not found": (
+        ["data.train.0.prompt={{ query }}", "data.train.0.completion={{ answer }}"],
+        "`query`.*found `question`, `answer`",
+    ),
     "too short": (["data.max_length_tokens=16"], "data.max_length_tokens"),
     "no template file": (["data.template=nowhere.jinja"], "nowhere.jinja"),
     "start_from nothing": (["adapter.start_from=/no/such/adapter"], "/no/such/adapter"),
+    "a logger that is not installed": (["logging.logger=trackio"], "trackio is not installed; pip install trackio"),
     "output is a file": (["output=recipe.yaml"], "is a file; expected a run directory"),
 }
 
@@ -181,7 +187,8 @@ def test_signals_save_and_the_run_ends_as_if_undisturbed(
     out, err = again.communicate()
     assert again.returncode == 0, err
     assert f"after step {stopped[1]} of 40" in " ".join(out.split())
-    assert whole.wait() == 0
+    _, err = whole.communicate()
+    assert whole.returncode == 0, err
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

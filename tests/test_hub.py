@@ -71,6 +71,7 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *ANSWERS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     server.shutdown()
+    server.server_close()
     assert "hf_verysecret" not in done.stdout + done.stderr
     yield dict(json.loads(line) for line in done.stdout.splitlines())
 

@@ -31,7 +31,8 @@ _add_peft_type()  # before the imports below, which use the new member
 
 from .config import AbbaConfig  # noqa: E402
 from .factors import Factors, delta_weight, khatri_rao, scale  # noqa: E402
-from .layer import AbbaLayer, AbbaLinear  # noqa: E402
+from .layer import AbbaLayer  # noqa: E402
+from .linear import AbbaLinear  # noqa: E402
 from .model import AbbaModel, svd_progress  # noqa: E402
 
 

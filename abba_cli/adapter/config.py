@@ -46,7 +46,7 @@ class AbbaConfig(PeftConfig):
         metadata={
             "help": "True or 'svd': B1 A1 is the truncated SVD of the base weight and B2 = 0, as in the paper. "
             "'random': B1, A1 random and B2 = 0. Either way a fresh adapter changes nothing. "
-            "False: all four factors random, so a fresh adapter does change the model (for tests)."
+            "False: all four factors random, times s^(-1/4) each, so a fresh adapter does change the model (for tests)."
         },
     )
     layers_to_transform: list[int] | int | None = field(

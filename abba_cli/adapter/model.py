@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import AbbaConfig
 from .conv import AbbaConv1d
-from .layer import AbbaLayer, AbbaLinear
+from .layer import AbbaLayer
+from .linear import AbbaLinear
 
 Progress = Callable[[int, int], None]
 _progress: ContextVar[Progress | None] = ContextVar("abba_svd_progress", default=None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -98,6 +99,7 @@ def main() -> None:
     if not (options.run / "adapter_config.json").is_file():
         parser.error(f"{options.run} holds no trained adapter: run `abba train recipes/quickstart.yaml` first")
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft 0.21.2 uses a name that transformers 6 will drop
     console = Console()
     with HELDOUT_FILE.open(encoding="utf-8") as lines:
         rows: list[dict[str, str]] = [json.loads(line) for line in lines][: options.limit]
@@ -121,6 +123,7 @@ def main() -> None:
 
         with model.disable_adapter():
             before = score("Before training")
+        model.merge_adapter()  # only to write faster
         after = score("After training")
     report(console, rows, before, after)
 

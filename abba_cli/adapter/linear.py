@@ -1,0 +1,61 @@
+"""The adapted linear layer: nn.Linear, transformers' Conv1D, or a quantised linear that PEFT knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .kernels import Scaled, adapted_linear, delta_linear
+from .layer import AbbaLayer
+from .quantised import is_packed
+
+
+class AbbaLinear(AbbaLayer):
+    """ABBA on a linear layer: `nn.Linear`, transformers' Conv1D, or a quantised linear that PEFT knows."""
+
+    def _adapted_forward(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        inner: Any = self.base_layer
+        dropping = [n for n in names if self.training and isinstance(self.abba_dropout[n], nn.Dropout)]
+        adapters: list[Scaled] = [(self.factors(name), self.scaling[name]) for name in names]
+        if not dropping and not args and not kwargs and self._is_plain(inner, x):
+            return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed)
+        y = self._base_forward(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        together = [a for name, a in zip(names, adapters, strict=True) if name not in dropping]
+        if together:
+            y = y + delta_linear(x, together, y.dtype).to(y.dtype)
+        for name in dropping:  # each adapter drops other elements, so each needs a product of its own
+            dropped = self.abba_dropout[name](x)
+            y = y + delta_linear(dropped, [(self.factors(name), self.scaling[name])], y.dtype).to(y.dtype)
+        return y  # type: ignore[no-any-return]
+
+    def _base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        inner: Any = self.base_layer
+        if x.requires_grad and is_packed(inner):  # bitsandbytes would return a result without gradient
+            dtype = inner.compute_dtype or x.dtype
+            return adapted_linear(x.to(dtype), self.get_base_weight, inner.bias, [], transposed=False).to(x.dtype)
+        return inner(x, *args, **kwargs)
+
+    def _is_plain(self, inner: nn.Module, x: torch.Tensor) -> bool:
+        """Whether the base layer is exactly x W0^T + bias with a frozen W0, so that its weight may be used directly.
+
+        It is not if it is quantised, another tuner's layer, a subclass with a forward of its own, or hooked
+        (accelerate's offloading and DeepSpeed's ZeRO-3 bring the weight in by a hook).
+        """
+        weight = getattr(inner, "weight", None)
+        return (
+            type(inner).forward in (nn.Linear.forward, Conv1D.forward)
+            and "forward" not in vars(inner)
+            and self.quantization_backend is None
+            and not inner._forward_hooks
+            and not inner._forward_pre_hooks
+            and not inner._backward_hooks
+            and not inner._backward_pre_hooks
+            and isinstance(weight, torch.Tensor)
+            and not weight.requires_grad
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        )

