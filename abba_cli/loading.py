@@ -102,7 +102,7 @@ def load_model(base: Base, model: ModelSection) -> PreTrainedModel:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             # bitsandbytes 0.50.2 repacks a 4-bit weight in the first evaluation on such a CPU, and a later training forward
             # through the repacked layer loses the gradient of its input.
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no attribute of nn.Module)
     loaded.requires_grad_(False)
     loaded.config.use_cache = False  # training needs none; generation asks for its own
     return loaded

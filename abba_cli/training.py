@@ -89,7 +89,7 @@ def train(
     listen(Stage("Trying a save"))
     _try_save(adapted, ready.plan, run)
     if recipe.data.packing:
-        require_separation(adapted)
+        require_separation(model)
     outcome = fit(recipe, run, adapted, ready, listen)
 
     listen(Stage("Writing the run directory"))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from abba_cli import adapting, load_recipe, loading, training
 from abba_cli.batches import PaddedBatches

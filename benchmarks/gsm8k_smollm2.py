@@ -97,6 +97,35 @@ def main() -> None:
     for row in sorted(results(), key=lambda row: (row["quantization"], row["method"], row["learning_rate"])):
         losses = " | ".join(f"{row['evaluation_loss'][step]:.4f}" for step in ("0", "100"))
         print(f"| {row['method']} | {row['quantization']} | {row['learning_rate']:g} | {losses} |")
+    if not options.only:
+        draw(results())
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw the sweep: evaluation loss against learning rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    looks = {"abba": ("ABBA r1 = r2 = 16", "#1f5a99", "o"), "lora": ("LoRA r = 32", "#c8501e", "s")}
+    plain = sorted((row for row in rows if row["quantization"] == "none"), key=lambda row: row["learning_rate"])
+    for method, (label, colour, marker) in looks.items():
+        points = [(row["learning_rate"], row["evaluation_loss"]["100"]) for row in plain if row["method"] == method]
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
+    axes.set_xscale("log")
+    rates = sorted({row["learning_rate"] for row in plain})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    before = plain[0]["evaluation_loss"]["0"]
+    axes.set(
+        xlabel="peak learning rate",
+        ylabel="loss on 200 test rows (nats per token)",
+        title=f"SmolLM2-135M on GSM8K, 100 steps of 2 rows, {plain[0]['trainable']:,} parameters (before: {before:.3f})",
+    )
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(HERE.parent / "docs" / "images" / "gsm8k-smollm2.png", dpi=150)
 
 
 def results() -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def messages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     cache: Path = tmp_path_factory.mktemp("hub")
@@ -73,7 +72,7 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     server.shutdown()
     server.server_close()
     assert "hf_verysecret" not in done.stdout + done.stderr
-    yield dict(json.loads(line) for line in done.stdout.splitlines())
+    return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("name", ANSWERS)
