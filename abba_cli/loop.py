@@ -78,13 +78,14 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         fp16=recipe.model.dtype == "float16" and cuda,
         eval_strategy="steps" if evaluating else "no",
         eval_steps=min(evaluation.every_steps or steps, steps),
-        eval_on_start=evaluating and fresh,
+        eval_on_start=evaluating and fresh and evaluation.at_start,
         metric_for_best_model="loss" if evaluating else None,
         greater_is_better=False if evaluating else None,
         save_strategy="steps",
         save_steps=recipe.checkpoints.every_steps,
         logging_steps=recipe.logging.every_steps,
         logging_nan_inf_filter=False,
+        restore_callback_states_from_checkpoint=True,  # early stopping counts on where it was
         include_num_input_tokens_seen="non_padding",
         report_to=[] if recipe.logging.logger == "none" else [recipe.logging.logger],
         run_name=Path(recipe.output).name,
@@ -135,10 +136,11 @@ class Recorder(TrainerCallback):
     def __init__(self, recipe: Recipe, run: RunDir, listen: Listener) -> None:
         self.recipe, self.run, self.listen = recipe, run, listen
         self.signal_number: int | None = None
-        self.eval_loss_before: float | None = None
         self._clock = (time.perf_counter(), 0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A resumed state brings the intervals of the recipe it was saved under; these keys may change.
+        state.compute_steps(args, state.max_steps)
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -187,8 +189,6 @@ class Recorder(TrainerCallback):
     ) -> None:
         loss, step = metrics["eval_loss"], state.global_step
         best = step > 0 and (state.best_metric is None or loss < state.best_metric)
-        if step == 0:
-            self.eval_loss_before = loss
         if best and self.recipe.evaluation.keep_best:
             control.should_save = True
         if state.is_world_process_zero:

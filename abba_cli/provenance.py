@@ -4,6 +4,7 @@ import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,13 +110,14 @@ def hardware() -> dict[str, Any]:
 def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Outcome) -> None:
     """Write README.md, the model card that the hub shows."""
     adapter = recipe.adapter
-    hub_base = recipe.model.name if base.location == recipe.model.name else None
+    local = Path(base.location).is_absolute()
+    hub_sets = [source.path for source in recipe.data.train if not source.path.startswith(("/", "package:"))]
     card_data = ModelCardData(
-        base_model=hub_base,
+        base_model=None if local else base.location,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["abba", "peft"],
-        datasets=[source.path for source in recipe.data.train if source.path.count("/") == 1] or None,
+        datasets=hub_sets or None,
     )
     losses = [f"- training loss at the end: {outcome.train_loss:.4f}"] if outcome.train_loss is not None else []
     if outcome.eval_loss is not None:

@@ -321,3 +321,30 @@ def test_full_disk_is_found_before_the_first_step(recipe_file: RecipeFile) -> No
         os.system(f"umount {folder}")
         folder.rmdir()
     assert not [event for event in events if isinstance(event, Stepped)]
+
+
+def test_intervals_may_change_when_a_run_goes_on(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(recipe_file(), listen=kill_after(3))
+    run = train(recipe_file(), ["checkpoints.every_steps=1", "checkpoints.keep=9"])
+    assert [path.name for path in run.complete_checkpoints()] == [f"checkpoint-{step}" for step in (2, 3, 4, 5, 6)]
+
+
+def test_patience_is_remembered_by_a_resumed_run(recipe_file: RecipeFile, rows: Path, tmp_path: Path) -> None:
+    overrides = [
+        f"data.eval={rows}",
+        "evaluation.every_steps=1",
+        "evaluation.patience=3",
+        "training.learning_rate=0.5",
+        "training.max_grad_norm=0",
+        "training.max_steps=30",
+        "checkpoints.every_steps=1",
+    ]
+    whole = train(recipe_file(), [*overrides, f"output={tmp_path / 'whole'}"])
+    end = whole.provenance()["outcome"]["steps"]
+    assert end < 30
+    with pytest.raises(Killed):
+        train(recipe_file(), overrides, listen=kill_after(end - 1))
+    resumed = train(recipe_file(), overrides)
+    assert resumed.provenance()["outcome"]["steps"] == end
+    assert same(factors(whole.path), factors(resumed.path))
