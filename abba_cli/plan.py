@@ -17,6 +17,9 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # nf4 with double quantisation: 4 bits, an 8-bit scale for 64 values and a 32-bit one for 256 of those (QLoRA, arXiv 2305.14314,
 # section 3). int8: a byte, and a scale for each row that does not count.
 _QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+# Resident memory of a process that has imported torch, transformers, peft and datasets (measured, CPU build); a CUDA context
+# takes about as much on its device.
+_RUNTIME_BYTES = 600_000_000
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def make_plan(recipe: Recipe, config: PreTrainedConfig, adapted: PeftModel, step
     factor_bytes = _DTYPE_BYTES[recipe.adapter.dtype]
     state_bytes = 2 if recipe.training.optimizer == "adamw_8bit" else 2 * factor_bytes
     memory = {
+        "Python and libraries": _RUNTIME_BYTES,
         "base weights": _base_bytes(recipe, adapted, trainable),
         "factors and gradients": 2 * factor_bytes * trainable,
         "optimizer state": state_bytes * trainable,

@@ -1,0 +1,51 @@
+"""The plan's counts against the real model's, and its memory against what a run takes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from abba_cli import load_recipe, train
+from abba_cli.events import Event, Planned
+from abba_cli.training import prepare
+from peft import AutoPeftModelForCausalLM
+
+RecipeFile = Callable[..., Path]
+
+
+@pytest.mark.parametrize("override", ["adapter.targets=all-linear", "adapter.modules_to_save=[norm]", "adapter.layers=[1]"])
+def test_parameters_are_those_of_the_trained_model(recipe_file: RecipeFile, override: str) -> None:
+    events: list[Event] = []
+    run = train(recipe_file(), [override, "training.max_steps=1"], listen=events.append)
+    plan = next(event.plan for event in events if isinstance(event, Planned))
+    model = AutoPeftModelForCausalLM.from_pretrained(run.path, is_trainable=True)
+    assert plan.trainable == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert plan.total == sum(one.numel() for one in model.parameters())
+    factors = sum((layer.r1 + layer.r2) * (layer.m + layer.n) for layer in plan.layers)
+    assert factors == sum(one.numel() for name, one in model.named_parameters() if "abba_" in name)
+
+
+def test_steps_and_tokens(recipe_file: RecipeFile) -> None:
+    overrides = ["training.max_steps=null", "training.epochs=1.5", "training.batch_size=5", "training.gradient_accumulation=2"]
+    plan = prepare(load_recipe(recipe_file(), overrides)).plan
+    # 24 rows: 5 batches an epoch, 3 steps an epoch, 4.5 steps in all.
+    assert plan.steps == 5
+    run = train(recipe_file(), overrides)
+    assert run.metrics()[-1]["step"] == 5
+
+
+def test_quantised_weights_are_counted_smaller(recipe_file: RecipeFile) -> None:
+    sizes = {}
+    for kind in ("none", "int8", "nf4"):
+        plan = prepare(load_recipe(recipe_file(), [f"model.quantization={kind}"])).plan
+        sizes[kind] = plan.memory["base weights"]
+    linear = sum(layer.m * layer.n for layer in plan.layers)
+    assert sizes["none"] - sizes["int8"] == 3 * linear
+    assert sizes["nf4"] < sizes["int8"] < sizes["none"]
+
+
+def test_memory_of_libraries_is_what_importing_them_takes() -> None:
+    script = "import abba_cli.training, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert 0.5 < int(done.stdout) / 600_000_000 < 1.5
