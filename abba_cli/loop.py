@@ -140,7 +140,7 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A resumed state brings the intervals of the recipe it was saved under; these keys may change.
-        state.compute_steps(args, state.max_steps)
+        state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
