@@ -3,11 +3,15 @@
 Shapes: an adapted layer's frozen weight W0 is (m, n); its factors are B1 (m, r1), A1 (r1, n), B2 (m, r2), A2 (r2, n).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -118,6 +122,13 @@ def check_adapter(config: PreTrainedConfig, model: ModelSection, adapter: Adapte
         # PEFT is content when one of several names matches; a misspelt one would silently stay untrained.
         if not any(layer.name == target or layer.name.endswith(f".{target}") for layer in layers):
             raise ModelError(f"adapter.targets: {target!r} matches no layer; the model's linear layers are: {kinds}")
+    _check_names(adapted, adapter, layers)
+    head_name = next((name for name, module in adapted.get_base_model().named_modules() if module is adapted_head(adapted)), None)
+    if config.get_text_config().tie_word_embeddings and any(layer.name == head_name for layer in layers):
+        raise ModelError(
+            f"adapter.targets matches {head_name}, which shares its weight with the embeddings in this model: the adapter "
+            "could not be merged; leave it out with adapter.exclude"
+        )
     for layer in layers:
         for key, rank in (("r1", layer.r1), ("r2", layer.r2)):
             if rank > min(layer.m, layer.n):
@@ -128,12 +139,53 @@ def check_adapter(config: PreTrainedConfig, model: ModelSection, adapter: Adapte
     return adapted
 
 
+def adapted_head(adapted: PeftModel) -> nn.Module | None:
+    """The model's output layer, adapted or not."""
+    base = adapted.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
+def _check_names(adapted: PeftModel, adapter: AdapterSection, layers: list[AdaptedLayer]) -> None:
+    """Raise a ModelError for a pattern or module name that matches nothing; PEFT would ignore it."""
+    for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            if not any(get_pattern_key([pattern], layer.name) == pattern for layer in layers):
+                raise ModelError(f"adapter.{key}: {pattern!r} matches none of the {len(layers)} adapted layers")
+    names = [name for name, _ in adapted.get_base_model().named_modules()]
+    for module in adapter.modules_to_save:
+        if not any(name == module or name.endswith(f".{module}") for name in names):
+            raise ModelError(f"adapter.modules_to_save: the model has no module {module!r}")
+
+
+def check_plan(adapted: PeftModel, layers: list[AdaptedLayer], trainable: int) -> None:
+    """Compare an adapter on its model with what the recipe planned; a loaded adapter may have other targets.
+
+    Raises:
+        ModelError: Layers, ranks or the number of trained parameters differ.
+    """
+    found = adapted_layers(adapted)
+    count = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    if found != layers or count != trainable:
+        raise ModelError(
+            f"the loaded adapter has {len(found)} layers and {count:,} trained parameters, the recipe "
+            f"{len(layers)} and {trainable:,}; give the recipe's adapter section the saved adapter's values"
+        )
+
+
 def _inject(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection, kinds: str) -> PeftModel:
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
+        with warnings.catch_warnings():
+            # PEFT's notices of what check_adapter reports as errors.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
     except ValueError as error:
         if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
             found = f"{adapter.targets!r} matches no layer; the model's linear layers are: {kinds}"
+            if isinstance(adapter.targets, str):
+                found += f" (a string is one regular expression over full names; write names as a list: [{adapter.targets}])"
             raise ModelError(f"adapter.targets: {found}") from None
         if "is not supported" in str(error):
             other = str(error).removeprefix("Target module ").partition("(")[0]
@@ -141,6 +193,9 @@ def _inject(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection,
             raise ModelError(f"adapter.targets: {found}") from None
         raise ModelError(f"adapter: {' '.join(str(error).split())}") from None
     assert isinstance(adapted, PeftModel)
+    for name, parameter in adapted.named_parameters():
+        if ".abba_" in name:
+            parameter.data = parameter.data.to(getattr(torch, adapter.dtype))
     return adapted
 
 
@@ -160,11 +215,14 @@ def check_saved(config: AbbaConfig, start_from: str) -> None:
     Raises:
         ModelError: There is none, it is of another method, or its ranks or alphas are others.
     """
+    local = start_from.startswith(".") or Path(start_from).is_absolute() or start_from.count("/") != 1
+    if local and not Path(start_from).is_dir():
+        raise ModelError(f"adapter.start_from: there is no directory {start_from}; expected a run, an adapter or a hub id")
     with explain(f"adapter {start_from}", page=start_from):
         saved = PeftConfig.from_pretrained(start_from)
     if not isinstance(saved, AbbaConfig):
         raise ModelError(f"{start_from} holds a {saved.peft_type} adapter; expected an ABBA one")
-    for key in ("r1", "r2", "alpha", "rank_pattern", "alpha_pattern"):
+    for key in ("r1", "r2", "alpha", "dropout", "rank_pattern", "alpha_pattern"):
         if getattr(saved, key) != getattr(config, key):
             raise ModelError(
                 f"{start_from} was trained with {key} = {getattr(saved, key)}, the recipe has {getattr(config, key)}; "

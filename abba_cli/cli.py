@@ -63,11 +63,16 @@ def train(
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file has no width; 80 would fold the tables
-    with RunDisplay(console, plan_only=dry_run) as display:
-        if dry_run:
-            training.prepare(read, restart=restart, listen=display)
-        else:
-            training.train(read, restart=restart, listen=display)
+    try:
+        with RunDisplay(console, plan_only=dry_run) as display:
+            if dry_run:
+                training.prepare(read, restart=restart, listen=display)
+            else:
+                training.train(read, restart=restart, listen=display)
+    except KeyboardInterrupt:
+        # Before or after the steps, where there is nothing to save that is not saved already.
+        typer.echo("abba: interrupted; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -90,9 +95,6 @@ def main() -> None:
     except AbbaError as error:
         typer.echo(f"abba: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("abba: interrupted", err=True)
-        sys.exit(130)
 
 
 def _quiet_libraries() -> None:

@@ -65,7 +65,7 @@ def prepare(
         train=train,
         eval=sets["eval"][0] if "eval" in sets else None,
         audit={name: audit for name, (_, audit) in sets.items()},
-        fingerprint=_fingerprint(train),
+        fingerprint=_fingerprint([one for one, _ in sets.values()]),
         template=template,
         first_row=first[1],
         first_spans=_spans(_encode(splits["train"][0], [first], data, template)[0], data, tokenizer),
@@ -197,12 +197,13 @@ def _pack_table(table: pa.Table, capacity: int) -> pa.Table:
     return pa.table({**columns, "document_lengths": pa.array(documents, pa.list_(pa.int32()))})
 
 
-def _fingerprint(dataset: Dataset) -> str:
+def _fingerprint(sets: Sequence[Dataset]) -> str:
     digest = hashlib.sha256()
-    for name in dataset.column_names:
-        column = dataset.data.table.column(name).combine_chunks()
-        digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-        digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    for dataset in sets:
+        for name in dataset.column_names:
+            column = dataset.data.table.column(name).combine_chunks()
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
 
 

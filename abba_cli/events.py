@@ -84,6 +84,11 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """A signal came: training ends after this step, with a checkpoint."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run directory is complete; `already` when there was nothing left to do."""
 
@@ -92,7 +97,7 @@ class Finished:
     outcome: "Outcome"
 
 
-Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Finished
+Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Stopping | Finished
 Listener = Callable[[Event], None]
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from abba_cli.errors import AbbaError, ModelError
@@ -33,7 +34,7 @@ def explain(what: str, page: str = "") -> Iterator[None]:
         yield
     except AbbaError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, EOFError, HfHubHTTPError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, EOFError, HfHubHTTPError, SafetensorError, RuntimeError) as error:
         if (reason := reason_for(error, page)) is None:
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
                 raise

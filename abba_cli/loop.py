@@ -6,6 +6,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from abba_cli.errors import RunError, TrainingDiverged
-from abba_cli.events import Evaluated, Listener, Saved, Stepped
+from abba_cli.disk import append_jsonl, disk_errors
+from abba_cli.errors import RunError, TrainingDiverged, TrainingInterrupted
+from abba_cli.events import Evaluated, Listener, Saved, Stepped, Stopping
 from abba_cli.loss import row_losses
 from abba_cli.recipe import Recipe
-from abba_cli.rundir import RunDir, append_jsonl, disk_errors, remove_old_checkpoints, seal_checkpoint
+from abba_cli.rundir import RunDir, remove_old_checkpoints, seal_checkpoint
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -118,6 +120,7 @@ class AbbaTrainer(Trainer):
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             rows = row_losses(model(**{**batch, "use_cache": False}).logits, labels)
             loss, count = self.accelerator.gather_for_metrics(rows)
             losses.append(loss.cpu())
@@ -137,10 +140,25 @@ class Recorder(TrainerCallback):
         self.recipe, self.run, self.listen = recipe, run, listen
         self.signal_number: int | None = None
         self._clock = (time.perf_counter(), 0)
+        self._began = time.perf_counter()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
         # A resumed state brings the intervals of the recipe it was saved under; these keys may change.
         state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
+        # And the rate of the schedule it was saved under, which is another one where the run is prolonged.
+        for group, base, rate in zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * rate(lr_scheduler.last_epoch)
+        lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
+        logged = [row["seconds"] for row in self.run.metrics() if "seconds" in row]
+        self._began = time.perf_counter() - (logged[-1] if logged else 0.0)
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -169,7 +187,8 @@ class Recorder(TrainerCallback):
             "gradient_norm": logs.get("grad_norm"),
             "tokens": seen,
             "tokens_per_second": round(speed, 1),
-            "time": round(time.time(), 3),
+            "seconds": round(now - self._began, 3),
+            "memory_bytes": peak_memory(),
         }
         with disk_errors(self.run.path):
             append_jsonl(self.run.metrics_file, row)
@@ -183,6 +202,10 @@ class Recorder(TrainerCallback):
             peak_memory(),
         )
         self.listen(event)
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.signal_number is not None and state.global_step == 0:
+            raise TrainingInterrupted("stopped before the first step; nothing was trained yet", self.signal_number)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -225,9 +248,13 @@ class Recorder(TrainerCallback):
 
         def receive(number: int, frame: Any) -> None:
             if self.signal_number is not None:
-                raise KeyboardInterrupt
+                raise TrainingInterrupted("ended at once; run the same command again to go on from the last checkpoint", number)
             self.signal_number = number
+            self.listen(Stopping())
 
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread alone
+            return
         before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -114,7 +114,7 @@ class PreparedData:
         train: Columns input_ids and labels (-100 where unsupervised); document_lengths besides when packed.
         eval: The same for the held-out rows; None without eval sources.
         audit: By split name, `train` and (if there is one) `eval`.
-        fingerprint: SHA-256 over the training rows' ids and labels, in order.
+        fingerprint: SHA-256 over the ids and labels of the training rows, then of the held-out rows, in order.
         template: The prompt template used.
         first_row: The first training row as it was found.
         first_spans: The same row as the model sees it.

@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig
 
 from abba_cli import __version__
 from abba_cli.bases import Base
+from abba_cli.disk import write_atomically
 from abba_cli.plan import Plan
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import dump_recipe
-from abba_cli.rundir import RunDir, write_atomically
+from abba_cli.rundir import RunDir
 
 _PACKAGES = (
     "torch",
@@ -172,8 +173,11 @@ def draw_losses(run: RunDir) -> None:
         steps, losses = zip(*train, strict=True)
         window = max(1, len(losses) // 20)
         smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
-        axes.plot(steps, losses, color="#9bb7d4", linewidth=0.8, label="training, each step")
-        axes.plot(steps, smooth, color="#1f5a99", linewidth=1.8, label=f"training, mean of {window}")
+        axes.plot(
+            steps, losses, color="#9bb7d4", linewidth=0.8, marker="." if len(steps) < 20 else "", label="training, each step"
+        )
+        if window > 1:
+            axes.plot(steps, smooth, color="#1f5a99", linewidth=1.8, label=f"training, mean of {window}")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#c8501e", marker="o", markersize=4, label="evaluation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", title=run.path.name)

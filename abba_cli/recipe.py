@@ -197,7 +197,9 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """Evaluation during training, on `data.eval`."""
 
-    every_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null evaluates at the end only.")
+    every_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations; null evaluates at the start and the end only."
+    )
     at_start: bool = Field(True, description="Evaluate before the first step too, to know where the run began.")
     batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes training.batch_size.")
     keep_best: bool = Field(

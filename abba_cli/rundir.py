@@ -1,7 +1,7 @@
 """The run directory: the one contract between `abba train` and every other command.
 
 out/my-run/
-  adapter_config.json, adapter_model.safetensors   the trained adapter, as PEFT loads it (there only when the run has finished)
+  adapter_config.json, adapter_model.safetensors   the trained adapter, as PEFT loads it (written at the end)
   tokenizer*.json, chat_template.jinja             the tokenizer that it was trained with
   recipe.yaml          the recipe as resolved, every key written out
   metrics.jsonl        one line for each logged step and each evaluation
@@ -12,16 +12,18 @@ out/my-run/
   checkpoints/checkpoint-N/   a state to go on from; complete when its manifest.json fits its files
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.errors import RecipeError, RunError
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import differences, dump_recipe, load_recipe
@@ -37,7 +39,6 @@ _MAY_CHANGE = (
     "checkpoints.",
     "logging.",
     "evaluation.",
-    "data.eval",
 )
 
 
@@ -70,6 +71,14 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a directory of ours: its provenance.json, the first file written, names abba."""
+        try:
+            return "abba" in self.provenance()
+        except RunError:
+            return False
 
     @property
     def finished(self) -> bool:
@@ -130,7 +139,8 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove what an earlier run left that the next one would not overwrite, so that it can start over."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in self._checkpoint_folders():
+            shutil.rmtree(folder)
         for name in (
             *ADAPTER_FILES,
             "recipe.yaml",
@@ -164,11 +174,17 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
         raise RunError(f"cannot write to {nearest}; choose another output")
     if not run.path.exists() or not any(run.path.iterdir()):
         return run, None
-    if not run.recipe_file.exists():
-        raise RunError(f"output {run.path} is not empty and not a run (no recipe.yaml in it); choose another output")
+    if not run.is_run:
+        raise RunError(f"output {run.path} is not empty and not a run (no provenance.json of abba in it); choose another output")
     if restart:
         return run, None
     checkpoints = run.complete_checkpoints()
+    damaged = [path.name for path in run._checkpoint_folders() if (path / _MANIFEST).exists()]
+    if not checkpoints and damaged:
+        raise RunError(
+            f"no checkpoint in {run.checkpoints} is whole (files differ from manifest.json in {', '.join(damaged)}); "
+            "bring a good copy back, or --restart to start over"
+        )
     if not checkpoints and not run.finished:
         return run, None  # a start that died before its first checkpoint
     try:
@@ -190,7 +206,7 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
 
 
 def _may_change(key: str) -> bool:
-    return key.startswith(_MAY_CHANGE) or (key.startswith("data.train") and key.endswith(".path"))
+    return key.startswith(_MAY_CHANGE) or (key.startswith(("data.train", "data.eval")) and key.endswith(".path"))
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -226,57 +242,32 @@ def remove_old_checkpoints(run: RunDir, keep: int, best: Path | None) -> None:
             shutil.rmtree(path)
 
 
-def start_run(run: RunDir, recipe: Recipe) -> None:
-    """Create the folder and write the resolved recipe into it."""
-    with disk_errors(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.recipe_file, dump_recipe(recipe))
-
-
-def append_jsonl(file: Path, row: Mapping[str, Any]) -> None:
-    """Add one JSON line."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into one clear error.
+def locked(run: RunDir) -> Iterator[None]:
+    """Create the folder and keep other processes from training in it; the lock dies with the process.
 
     Raises:
-        RunError: In place of an OSError, or of the library's own error when the disk has no room left.
+        RunError: Another process is training in the folder.
     """
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        stream = (run.path / ".lock").open("a")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise RunError(f"another process is training in {run.path}; wait for it, or choose another output") from None
     try:
         yield
-    except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}{_room(path)}") from error
-    except Exception as error:
-        # safetensors and torch.save wrap "No space left on device" in errors of their own.
-        if "No space left" in str(error) or ("PytorchStreamWriter" in str(error) and _free_bytes(path) < 1 << 20):
-            raise RunError(f"cannot write to {path}: no space left on the disk{_room(path)}") from error
-        raise
+    finally:
+        (run.path / ".lock").unlink(missing_ok=True)
+        stream.close()
 
 
-def _room(path: Path) -> str:
-    return f" ({_free_bytes(path) / 1e6:,.0f} MB free); make room or choose another output, then run the same command again"
-
-
-def _free_bytes(path: Path) -> int:
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+def write_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Write the resolved recipe into the run directory."""
+    with disk_errors(run.path):
+        write_atomically(run.recipe_file, dump_recipe(recipe))
 
 
 def _digest(path: Path) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from abba_cli.disk import append_jsonl, disk_errors
 from abba_cli.events import Listener, Sampled
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
-from abba_cli.rundir import RunDir, append_jsonl, disk_errors
+from abba_cli.rundir import RunDir
 
 
 class Sampler(TrainerCallback):

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState
 from abba_cli import adapting, bases, loading
 from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
 from abba_cli.data import prepare as prepare_data
-from abba_cli.errors import RunError, TrainingInterrupted
+from abba_cli.disk import disk_errors
+from abba_cli.errors import ModelError, RunError, TrainingInterrupted
 from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
 from abba_cli.loop import AbbaTrainer, Recorder, arguments, check_logger, extra_callbacks, peak_memory, quiet, total_steps
 from abba_cli.loss import Collator, SupervisedBatches, keeps_logits, supervised_loss
@@ -23,7 +23,7 @@ from abba_cli.prepared import PreparedData
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
-from abba_cli.rundir import RunDir, checkpoint_step, disk_errors, open_run, start_run
+from abba_cli.rundir import RunDir, checkpoint_step, locked, open_run, write_recipe
 from abba_cli.sampling import Sampler
 
 
@@ -62,18 +62,15 @@ def train(
         AbbaError: Anything that the user can mend; see `abba_cli.errors`.
         TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise TypeError("overrides go with a recipe file; make the Recipe with load_recipe(path, overrides)")
+    else:
+        recipe = load_recipe(recipe, overrides)
     ready = prepare(recipe, restart=restart, listen=listen, read_weights=True)
     run, steps = ready.run, ready.plan.steps
     if run.finished and ready.checkpoint and run.provenance()["outcome"]["planned_steps"] >= steps and not restart:
         return _already_finished(ready, listen)
-    if ready.checkpoint is None:
-        run.clear()
-    else:
-        run.forget_after(checkpoint_step(ready.checkpoint))
-    start_run(run, recipe)
-    with disk_errors(run.path):
-        write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, None)
 
     listen(Stage("Loading the base model"))
     set_seed(recipe.training.seed)
@@ -86,19 +83,30 @@ def train(
         start_from=source,
         progress=lambda done, total: listen(Stage("Starting from singular vectors", done, total)),
     )
-    listen(Stage("Trying a save"))
-    _try_save(adapted, ready.plan, run)
+    adapting.check_plan(adapted, ready.plan.layers, ready.plan.trainable)
     if recipe.data.packing:
         require_separation(model)
-    outcome = fit(recipe, run, adapted, ready, listen)
 
-    listen(Stage("Writing the run directory"))
-    with disk_errors(run.path):
-        _place_adapter(adapted, run)
-        ready.tokenizer.save_pretrained(run.path)
-        draw_losses(run)
-        write_card(run, recipe, ready.base, ready.plan, outcome)
-        write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
+    # Nothing was written so far: whatever could be wrong with the input has been found.
+    with locked(run):
+        with disk_errors(run.path):
+            if ready.checkpoint is None:
+                run.clear()
+            else:
+                run.forget_after(checkpoint_step(ready.checkpoint))
+            write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, None)
+        write_recipe(run, recipe)
+        listen(Stage("Trying a save"))
+        _try_save(adapted, recipe, ready.plan, run)
+        outcome = fit(recipe, run, adapted, ready, listen)
+
+        listen(Stage("Writing the run directory"))
+        with disk_errors(run.path):
+            _place_adapter(adapted, run)
+            ready.tokenizer.save_pretrained(run.path)
+            draw_losses(run)
+            write_card(run, recipe, ready.base, ready.plan, outcome)
+            write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
     listen(Finished(path=run.path, already=False, outcome=outcome))
     return run
 
@@ -141,7 +149,13 @@ def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore,
     if checkpoint is not None:
         _check_same_data(run, data)
     steps = total_steps(recipe, len(data.train), _processes())
+    if checkpoint is not None and checkpoint_step(checkpoint) > steps:
+        raise RunError(
+            f"the run in {run.path} has made {checkpoint_step(checkpoint)} steps already, the recipe asks for {steps}; "
+            "raise training.max_steps or training.epochs, choose another output, or --restart to start over"
+        )
     longest = max(data.train.data.table.column("input_ids").combine_chunks().value_lengths().to_pylist())
+    _check_length(recipe, config, data)
     plan = make_plan(recipe, config, skeleton, steps, longest)
     listen(Planned(plan))
     return Preparation(run, checkpoint, base, config, tokenizer, data, plan)
@@ -175,7 +189,6 @@ def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, liste
         )
     )
     listen(Started(first, steps, ready.checkpoint))
-    start = time.perf_counter()
     if first < steps:
         with recorder.signals(), disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
@@ -195,11 +208,12 @@ def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, liste
         used = state.best_global_step
         best = load_peft_weights(str(run.checkpoints / f"checkpoint-{used}"), device="cpu")
         set_peft_model_state_dict(model, best)
-    return _outcome(run, state.global_step, steps, used, time.perf_counter() - start)
+    return _outcome(run, state.global_step, steps, used)
 
 
-def _outcome(run: RunDir, made: int, planned: int, used: int, seconds: float) -> Outcome:
+def _outcome(run: RunDir, made: int, planned: int, used: int) -> Outcome:
     rows = run.metrics()
+    steps = [row for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if "loss" in row]
     tail = losses[-max(1, len(losses) // 10) :]
     held_out = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
@@ -207,8 +221,8 @@ def _outcome(run: RunDir, made: int, planned: int, used: int, seconds: float) ->
         steps=made,
         planned_steps=planned,
         used_step=used,
-        seconds=round(seconds, 1),
-        peak_memory_bytes=peak_memory(),
+        seconds=steps[-1]["seconds"] if steps else 0.0,
+        peak_memory_bytes=max((row["memory_bytes"] for row in steps), default=peak_memory()),
         train_loss=sum(tail) / len(tail) if tail else None,
         eval_loss_before=held_out.get(0),
         eval_loss=held_out.get(used),
@@ -228,12 +242,24 @@ def _check_same_data(run: RunDir, data: PreparedData) -> None:
         return
     if before != data.fingerprint:
         raise RunError(
-            f"the training data is not what the run in {run.path} was started with (fingerprint {data.fingerprint[:12]}, "
+            f"the data is not what the run in {run.path} was started with (fingerprint {data.fingerprint[:12]}, "
             f"there {before[:12]}); bring the old data back, choose another output, or --restart to start over"
         )
 
 
-def _try_save(model: PeftModel, plan: Plan, run: RunDir) -> None:
+def _check_length(recipe: Recipe, config: PreTrainedConfig, data: PreparedData) -> None:
+    """Raise a ModelError when a row has more tokens than the model has positions; packed rows start from 0 each."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    rows = max(audit.longest_row_tokens for audit in data.audit.values())
+    longest = min(rows, recipe.data.max_length_tokens)
+    if positions and longest > positions:
+        raise ModelError(
+            f"the longest row has {longest} tokens, but the model has {positions} positions; "
+            f"set data.max_length_tokens to at most {positions}"
+        )
+
+
+def _try_save(model: PeftModel, recipe: Recipe, plan: Plan, run: RunDir) -> None:
     """Save once before the first step, so that a run does not find out at its end that it cannot.
 
     Raises:
@@ -246,8 +272,10 @@ def _try_save(model: PeftModel, plan: Plan, run: RunDir) -> None:
             adapter = sum(file.stat().st_size for file in trial.rglob("*") if file.is_file())
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-    # A checkpoint is the adapter and the optimizer's state; a new one is complete before an old one goes.
-    needed = 2 * (adapter + plan.memory["optimizer state"])
+    # A checkpoint is the adapter and the optimizer's state. A new one is complete before an old one goes, the best one is kept
+    # besides, and the finished run has the adapter and the tokenizer at its top.
+    checkpoint = adapter + plan.memory["optimizer state"]
+    needed = (recipe.checkpoints.keep + 1 + bool(recipe.evaluation.every_steps)) * checkpoint + adapter + 10_000_000
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise RunError(

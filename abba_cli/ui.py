@@ -11,13 +11,12 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
-from abba_cli.events import Audited, Evaluated, Event, Finished, Planned, Sampled, Saved, Stage, Started, Stepped
+from abba_cli.events import Audited, Evaluated, Event, Finished, Planned, Sampled, Saved, Stage, Started, Stepped, Stopping
 from abba_cli.plan import Plan
 from abba_cli.prepared import PreparedData, Span
 
@@ -37,12 +36,10 @@ class RunDisplay:
         self.plan_only = plan_only
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.fields[status]}"),
             console=console,
             transient=True,
         )
@@ -57,7 +54,8 @@ class RunDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self.console.is_terminal:
+            self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""
@@ -79,11 +77,13 @@ class RunDisplay:
                 when = f"step {step}" if step else "before training"
                 self.console.print(f"  evaluation loss {loss:.4f}, {when}{mark}")
             case Sampled(step, prompt, answer, reference):
-                self.console.print(Text.assemble(("  prompt    ", "dim"), _one_line(prompt)))
-                self.console.print(Text.assemble(("  answer    ", "dim"), _one_line(answer)))
+                self.console.print(Text.assemble(("  prompt    ", "dim"), _one_line(prompt, from_end=True)))
+                self.console.print(Text.assemble(("  answer    ", "dim"), _one_line(answer) or "(empty)"))
                 self.console.print(Text.assemble(("  reference ", "dim"), _one_line(reference)))
             case Saved(step):
                 self.console.print(f"  [dim]checkpoint after step {step}[/]", highlight=False)
+            case Stopping():
+                self.console.print("Stopping after this step, with a checkpoint. Ctrl-C again ends at once.")
             case Finished():
                 self._clear_bar()
                 show_summary(self.console, event)
@@ -118,8 +118,8 @@ class RunDisplay:
 
     def _on_step(self, event: Stepped) -> None:
         status = (
-            f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s  "
-            f"{event.memory_bytes / 1e9:.1f} GB"
+            f"loss {event.loss:.4f}  lr {event.learning_rate:.1e}  {event.memory_bytes / 1e9:.1f} GB  "
+            f"{event.tokens_per_second:,.0f} tokens/s"
         )
         if self._task is not None:
             self._bar.update(self._task, completed=event.step, status=status)
@@ -133,10 +133,11 @@ class RunDisplay:
 def show_audit(console: Console, data: PreparedData, example: bool) -> None:
     """The data audit: a row for each source, and the first example with the supervised part in colour."""
     table = Table(title="Data", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for heading in ("split", "source", "read as"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("rows", "tokens", "supervised", "longest", "truncated", "dropped"):
-        table.add_column(heading, justify="right")
+    table.add_column("split", no_wrap=True)
+    table.add_column("source", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("read as", overflow="ellipsis", no_wrap=True)
+    for heading in ("rows", "tokens", "learned", "longest", "cut", "dropped"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for split, audit in data.audit.items():
         for source in audit.sources:
             table.add_row(
@@ -155,15 +156,17 @@ def show_audit(console: Console, data: PreparedData, example: bool) -> None:
         if audit.packed_sequences is not None:
             console.print(f"  {split}: {audit.rows:,} rows packed into {audit.packed_sequences:,} sequences")
     if example:
-        console.print("[bold]First example, as the model sees it[/] ([green]green: learned[/], [dim]grey: given[/])")
-        console.print(coloured(data.first_spans))
+        plain = console.no_color or not console.is_terminal
+        legend = ">>> learned <<<, the rest given" if plain else "[green]green: learned[/], [dim]grey: given[/]"
+        console.print(f"[bold]First example, as the model sees it[/] ({legend})")
+        console.print(marked(data.first_spans, plain))
 
 
-def coloured(spans: Sequence[Span]) -> Text:
-    """A rendered row with the supervised part in green, and marked with brackets where there is no colour."""
+def marked(spans: Sequence[Span], plain: bool) -> Text:
+    """A rendered row with the supervised part in green, or between >>> and <<< where there is no colour."""
     text = Text()
     for span in spans:
-        text.append(span.text, style="green" if span.supervised else "dim")
+        text.append(f">>>{span.text}<<<" if plain and span.supervised else span.text, style="green" if span.supervised else "dim")
     return text
 
 
@@ -237,6 +240,8 @@ def _short(path: str) -> str:
     return path if len(path) <= 40 else f"...{path[-37:]}"
 
 
-def _one_line(text: str, limit: int = 300) -> str:
+def _one_line(text: str, limit: int = 300, from_end: bool = False) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= limit else f"{flat[:limit]} ..."
+    if len(flat) <= limit:
+        return flat
+    return f"... {flat[-limit:]}" if from_end else f"{flat[:limit]} ..."

@@ -18,7 +18,6 @@ from transformers import set_seed
 
 from abba_cli import adapting, load_recipe, loading, training
 from abba_cli.events import Evaluated, Event, Stepped
-from abba_cli.rundir import start_run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gsm8k-smollm2.jsonl"
@@ -41,7 +40,7 @@ def run_one(method: str, rate: str, data: Path, quantization: str) -> dict[str, 
     recipe = load_recipe(HERE.parent / "recipes" / "gsm8k-smollm2.yaml", overrides)
     ready = training.prepare(recipe, restart=True, read_weights=True)
     ready.run.clear()
-    start_run(ready.run, recipe)
+    ready.run.path.mkdir(parents=True, exist_ok=True)
     set_seed(recipe.training.seed)
     model = loading.load_model(ready.base, recipe.model)
     if method == "abba":

@@ -18,6 +18,7 @@ ORDER = [
     "abba_cli.recipe",
     "abba_cli.recipe_reference",
     "abba_cli.recipe_file",
+    "abba_cli.disk",
     "abba_cli.rundir",
     "abba_cli.formats",
     "abba_cli.prompts",

@@ -101,6 +101,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "too short": (["data.max_length_tokens=16"], "data.max_length_tokens"),
     "no template file": (["data.template=nowhere.jinja"], "nowhere.jinja"),
     "start_from nothing": (["adapter.start_from=/no/such/adapter"], "/no/such/adapter"),
+    "start_from a missing folder": (["adapter.start_from=./nowhere"], "adapter.start_from: there is no directory .*nowhere"),
+    "a tied head": (["adapter.targets=[q_proj, lm_head]"], "lm_head, which shares its weight with the embeddings"),
+    "a pattern for nothing": (["adapter.rank_pattern={nosuch: 2}"], "adapter.rank_pattern: 'nosuch' matches none of the 14"),
+    "a module for nothing": (["adapter.modules_to_save=[nosuch]"], "the model has no module 'nosuch'"),
+    "a string that is no regex of full names": (["adapter.targets=q_proj"], r"write names as a list: \[q_proj\]"),
     "a logger that is not installed": (["logging.logger=trackio"], "trackio is not installed; pip install trackio"),
     "output is a file": (["output=recipe.yaml"], "is a file; expected a run directory"),
 }

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from peft import AutoPeftModelForCausalLM
+
 from abba_cli import load_recipe, train
 from abba_cli.events import Event, Planned
 from abba_cli.training import prepare
-from peft import AutoPeftModelForCausalLM
 
 RecipeFile = Callable[..., Path]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,8 +114,9 @@ def test_a_broken_newest_checkpoint_is_passed_over(recipe_file: RecipeFile, tmp_
 def test_only_the_end_is_missing(recipe_file: RecipeFile, tmp_path: Path) -> None:
     whole = train(recipe_file())
     before = factors(whole.path)
-    for name in ("adapter_model.safetensors", "provenance.json", "loss.png"):
+    for name in ("adapter_model.safetensors", "loss.png"):
         (whole.path / name).unlink()
+    whole.provenance_file.write_text(json.dumps({**whole.provenance(), "outcome": None}))
     events: list[Event] = []
     again = train(recipe_file(), listen=events.append)
     assert not [event for event in events if isinstance(event, Stepped)]
@@ -145,13 +147,95 @@ def test_another_recipe_in_the_same_directory_is_refused_with_the_difference(rec
     assert factors(run.path)["base_model.model.model.layers.0.self_attn.q_proj.abba_A1"].shape[0] == 5
 
 
+def test_a_project_folder_with_files_of_the_same_names_is_refused_untouched(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / "checkpoints").mkdir(parents=True)
+    mine = {"recipe.yaml": "mine", "README.md": "mine", "metrics.jsonl": "mine", "checkpoints/keep.bin": "mine"}
+    for name, text in mine.items():
+        (project / name).write_text(text)
+    for restart in (False, True):
+        with pytest.raises(RunError, match="is not empty and not a run"):
+            train(recipe_file(output=str(project)), restart=restart)
+    assert {name: (project / name).read_text() for name in mine} == mine
+    assert len([path for path in project.rglob("*") if path.is_file()]) == len(mine)
+
+
+def test_damaged_checkpoints_are_named_and_kept(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(recipe_file(), listen=kill_after(5))
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    for folder in folders:
+        (folder / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole .*checkpoint-2, checkpoint-4"):
+        train(recipe_file())
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == folders
+
+
+def test_restart_loses_nothing_before_the_base_is_loaded(recipe_file: RecipeFile, tiny_llama: Path, tmp_path: Path) -> None:
+    run = train(recipe_file())
+    before = factors(run.path)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for output in (run.path, tmp_path / "fresh"):
+        with pytest.raises(ModelError, match="cannot load model"):
+            train(recipe_file(), [f"model.name={broken}", f"output={output}"], restart=True)
+    assert same(before, factors(run.path))
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_second_process_in_the_same_directory_is_refused(recipe_file: RecipeFile) -> None:
+    refused: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 3:
+            with pytest.raises(RunError, match="another process is training in") as caught:
+                train(recipe_file())
+            refused.append(str(caught.value))
+
+    run = train(recipe_file(), listen=listen)
+    assert refused
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fewer_steps_than_made_are_refused(recipe_file: RecipeFile) -> None:
+    train(recipe_file())
+    with pytest.raises(RunError, match="has made 6 steps already, the recipe asks for 4"):
+        train(recipe_file(), ["training.max_steps=4"])
+
+
+def test_a_prolonged_run_goes_on_with_the_new_schedule(recipe_file: RecipeFile) -> None:
+    run = train(recipe_file(), ["training.scheduler=linear", "training.warmup_ratio=0"])
+    train(recipe_file(), ["training.scheduler=linear", "training.warmup_ratio=0", "training.max_steps=12"])
+    rates = [row["learning_rate"] for row in run.metrics()]
+    assert rates[6:] == pytest.approx([1e-2 * (12 - step) / 12 for step in range(6, 12)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "float16"])
+def test_factors_have_the_recipes_dtype(recipe_file: RecipeFile, base: str, dtype: str) -> None:
+    run = train(recipe_file(), [f"model.dtype={base}", f"adapter.dtype={dtype}", "training.max_steps=1"])
+    assert {tensor.dtype for tensor in factors(run.path).values()} == {getattr(torch, dtype)}
+
+
+def test_the_api_refuses_what_it_would_ignore_and_runs_in_any_thread(recipe_file: RecipeFile) -> None:
+    with pytest.raises(TypeError, match="overrides go with a recipe file"):
+        train(load_recipe(recipe_file()), ["training.max_steps=1"])
+    done: list[Path] = []
+    thread = threading.Thread(target=lambda: done.append(train(recipe_file()).path))
+    thread.start()
+    thread.join()
+    assert done
+
+
 def test_changed_data_is_refused(recipe_file: RecipeFile, rows: Path, tmp_path: Path) -> None:
     moved, changed = tmp_path / "moved.jsonl", tmp_path / "changed.jsonl"
     shutil.copy(rows, moved)
     changed.write_text(rows.read_text().replace("It is 3", "It is 4"))
     train(recipe_file())
     train(recipe_file(), [f"data.train.0.path={moved}", "training.max_steps=7"])
-    with pytest.raises(RunError, match="the training data is not what the run"):
+    with pytest.raises(RunError, match="the data is not what the run"):
         train(recipe_file(), [f"data.train.0.path={changed}", "training.max_steps=8"])
 
 

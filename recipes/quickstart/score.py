@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -99,6 +100,7 @@ def main() -> None:
     if not (options.run / "adapter_config.json").is_file():
         parser.error(f"{options.run} holds no trained adapter: run `abba train recipes/quickstart.yaml` first")
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notice of an optional CPU package
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft 0.21.2 uses a name that transformers 6 will drop
     console = Console()
     with HELDOUT_FILE.open(encoding="utf-8") as lines:
@@ -140,14 +142,14 @@ def load_run(folder: Path) -> tuple[PeftModel, Template]:
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     import abba_cli.adapter  # noqa: F401  (tells PEFT what an ABBA adapter is)
     from abba_cli.prompts import load_template
     from abba_cli.rundir import RunDir
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, load_template(RunDir(folder).recipe().data.template, tokenizer)
