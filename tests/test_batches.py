@@ -216,4 +216,6 @@ def test_models_that_mix_documents_are_refused(model_type: str, extra: dict[str,
 
 
 def test_bfloat16_model_is_accepted() -> None:
-    require_separation(tiny("llama", "sdpa").to(torch.bfloat16))
+    model = tiny("llama", "sdpa").to(torch.bfloat16)
+    require_separation(model)
+    assert separates_documents(model)
