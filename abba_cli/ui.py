@@ -36,10 +36,10 @@ class RunDisplay:
         self.plan_only = plan_only
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("left  {task.fields[status]}"),
+            TextColumn("left {task.fields[status]}"),
             console=console,
             transient=True,
         )
@@ -114,12 +114,12 @@ class RunDisplay:
             )
         self._started = (time.monotonic(), event.step)
         self._stage = ""
-        self._task = self._bar.add_task("Training", total=event.total_steps, completed=event.step, status="")
+        self._task = self._bar.add_task("Step", total=event.total_steps, completed=event.step, status="")
 
     def _on_step(self, event: Stepped) -> None:
         status = (
-            f"loss {event.loss:.4f}  lr {event.learning_rate:.1e}  {event.memory_bytes / 1e9:.1f} GB  "
-            f"{event.tokens_per_second:,.0f} tokens/s"
+            f"loss {event.loss:.4f} lr {event.learning_rate:.1e} {event.memory_bytes / 1e9:.1f} GB "
+            f"{event.tokens_per_second:,.0f} tok/s"
         )
         if self._task is not None:
             self._bar.update(self._task, completed=event.step, status=status)
@@ -134,8 +134,8 @@ def show_audit(console: Console, data: PreparedData, example: bool) -> None:
     """The data audit: a row for each source, and the first example with the supervised part in colour."""
     table = Table(title="Data", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("split", no_wrap=True)
-    table.add_column("source", overflow="ellipsis", no_wrap=True, ratio=1)
-    table.add_column("read as", overflow="ellipsis", no_wrap=True)
+    table.add_column("source", overflow="fold")  # the columns that may be folded give way to the numbers
+    table.add_column("read as", overflow="fold")
     for heading in ("rows", "tokens", "learned", "longest", "cut", "dropped"):
         table.add_column(heading, justify="right", no_wrap=True)
     for split, audit in data.audit.items():
