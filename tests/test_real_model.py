@@ -53,9 +53,9 @@ def test_the_quickstart_recipe_learns(tmp_path: Path) -> None:
     run = train(RECIPES / "quickstart.yaml", overrides, listen=events.append)
     before, after = (event.loss for event in events if isinstance(event, Evaluated))
     assert after < 0.75 * before
-    model = AutoPeftModelForCausalLM.from_pretrained(run.path, dtype=torch.bfloat16)
+    model = AutoPeftModelForCausalLM.from_pretrained(run.path, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(run.path)("Tom has 3 pens.", return_tensors="pt").input_ids
     with torch.no_grad():
         adapted = model(tokens).logits
         merged = model.merge_and_unload()(tokens).logits
-    torch.testing.assert_close(merged, adapted, rtol=0.05, atol=0.3)
+    torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3)

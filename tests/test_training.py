@@ -372,7 +372,8 @@ def test_packing_learns_too(recipe_file: RecipeFile, packing: bool) -> None:
         "model.quantization=nf4",
         "model.quantization=int8",
         "model.dtype=bfloat16",
-        pytest.param("training.compile=true", marks=pytest.mark.slow),
+        # torch 2.13's own compiler warns of what it does itself.
+        pytest.param("training.compile=true", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")]),
     ],
 )
 def test_options_train(recipe_file: RecipeFile, override: str) -> None:
