@@ -1,0 +1,192 @@
+"""A trained adapter on disk: found, read lazily, and checked before anything long is done with it.
+
+Shapes: an adapted layer's frozen weight W0 is (m, n); its factors are B1 (m, r1), A1 (r1, n), B2 (m, r2), A2 (r2, n).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from abba_cli.adapter import AbbaConfig, Factors, scale
+from abba_cli.errors import ModelError
+from abba_cli.hub import explain
+from abba_cli.rundir import ADAPTER_FILES, RunDir
+
+_PREFIX = "base_model.model."
+_FACTORS = ("B1", "A1", "B2", "A2")
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One adapted layer: W0 is (m, n), and the update s (B1 A1) * (B2 A2)."""
+
+    name: str
+    m: int
+    n: int
+    r1: int
+    r2: int
+    s: float
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An ABBA adapter in PEFT's form; tensors are read when they are asked for.
+
+    Args:
+        path: The local folder that holds it.
+        config: Its settings; `base_model_name_or_path` and `revision` are the recorded base.
+        layers: The adapted layers, by their module's name in the base model.
+        whole: Parameters trained whole (modules_to_save, biases): the parameter's name in the base model -> its key in the file.
+    """
+
+    path: Path
+    config: AbbaConfig
+    layers: Mapping[str, SavedLayer]
+    whole: Mapping[str, str]
+
+    def factors(self, layer: str) -> Factors:
+        """The four factors of a layer, as stored."""
+        with safe_open(self.path / ADAPTER_FILES[1], "pt") as file:
+            return Factors(*(file.get_tensor(f"{_PREFIX}{layer}.abba_{one}") for one in _FACTORS))
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter that was trained whole, by its name in the base model."""
+        with safe_open(self.path / ADAPTER_FILES[1], "pt") as file:
+            return file.get_tensor(self.whole[name])  # type: ignore[no-any-return]
+
+    def provenance(self) -> dict[str, Any]:
+        """What the run recorded about itself, or {} for an adapter that came without. A checkpoint belongs to the run above it."""
+        above = self.path.absolute().parent
+        run = RunDir(above.parent if above.name == RunDir(above.parent).checkpoints.name else self.path)
+        return run.provenance() if run.is_run else {}
+
+
+def find_adapter(source: str) -> Path:
+    """Find the folder of a saved adapter.
+
+    Args:
+        source: A run directory, an adapter directory, a folder of runs (its newest finished run is taken), or a hub id.
+
+    Raises:
+        ModelError: There is none; the message says what was found instead.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _in_folder(folder)
+    if folder.is_file():
+        raise ModelError(f"{source} is a file; expected the directory of a run or an adapter, or a hub id")
+    if folder.is_absolute() or source.startswith((".", "~")) or source.rstrip("/").count("/") != 1 or source.endswith("/"):
+        raise ModelError(
+            f"there is no directory {source}; expected a run, an adapter, a folder of runs, or a hub id (OWNER/NAME)"
+        )
+    with explain(f"adapter {source}", page=source):
+        # Only what the commands read: no optimizer states, no pickles.
+        wanted = ["*.json", "adapter_model.safetensors", "*.jinja", "recipe.yaml", "tokenizer*", "*.model"]
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+
+
+def _in_folder(folder: Path) -> Path:
+    has = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if len(has) == len(ADAPTER_FILES):
+        return folder
+    if has:
+        missing = next(name for name in ADAPTER_FILES if name not in has)
+        if (folder / "adapter_model.bin").is_file():
+            raise ModelError(
+                f"{folder} holds a pickled adapter (adapter_model.bin), which can run code and is not read here; convert it "
+                f"once with `abba import {folder} --base MODEL --output DIR`"
+            )
+        raise ModelError(f"{folder} holds half an adapter: {has[0]} is there, {missing} is missing")
+    run = RunDir(folder)
+    if run.is_run:
+        checkpoints = run.complete_checkpoints()
+        advice = f"or name a checkpoint, such as {checkpoints[-1]}" if checkpoints else "it has no complete checkpoint yet"
+        raise ModelError(f"the run in {folder} has not finished; run `abba train` again to finish it, {advice}")
+    finished = [one for one in map(RunDir, sorted(folder.iterdir())) if one.path.is_dir() and one.is_run and one.finished]
+    if not finished:
+        below = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"there is no adapter in {folder}: expected {' and '.join(ADAPTER_FILES)}, or finished runs below it; found {below}"
+        )
+    return max(finished, key=lambda one: one.provenance_file.stat().st_mtime).path
+
+
+def open_adapter(path: Path) -> SavedAdapter:
+    """Read a saved adapter's configuration and the shapes of its tensors, and make sure that it is whole.
+
+    Raises:
+        ModelError: It is of another method, a tensor is missing, has another shape than its partners, or holds NaN or infinity.
+    """
+    with explain(f"adapter {path}"):
+        settings = json.loads((path / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+        method = settings.get("peft_type") if isinstance(settings, dict) else None
+        if method != "ABBA":
+            raise ModelError(
+                f"{path} holds {f'a {method}' if method else 'no PEFT'} adapter; expected an ABBA one "
+                "(`abba import` reads LoHa adapters and those of the authors' code)"
+            )
+        config = PeftConfig.from_pretrained(str(path))
+    assert isinstance(config, AbbaConfig)
+    shapes = _shapes(path)
+    factors: dict[str, dict[str, tuple[int, ...]]] = {}
+    whole = {}
+    for key, shape in shapes.items():
+        name = key.removeprefix(_PREFIX)
+        layer, found, factor = name.rpartition(".abba_")
+        if found:
+            factors.setdefault(layer, {})[factor] = shape
+        else:
+            whole[name.replace(".base_layer.", ".")] = key
+    missing = [f"{layer}.abba_{one}" for layer, found in factors.items() for one in _FACTORS if one not in found]
+    if missing or not factors:
+        raise ModelError(f"{path} holds half an adapter: {_some(missing) if missing else 'factors'} missing")
+    layers = {layer: _layer(path, config, layer, found) for layer, found in factors.items()}
+    return SavedAdapter(path, config, layers, whole)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, read together with a look for values that are no numbers."""
+    file_path = path / ADAPTER_FILES[1]
+    shapes = {}
+    try:
+        with safe_open(file_path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                tensor = file.get_tensor(key)
+                if not tensor.isfinite().all():
+                    raise ModelError(f"{file_path}: {key} holds NaN or infinity; the adapter is broken, train it again")
+                shapes[key] = tuple(tensor.shape)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read {file_path}: {error}; the file is cut short or no safetensors file") from None
+    return shapes
+
+
+def _layer(path: Path, config: AbbaConfig, name: str, found: Mapping[str, tuple[int, ...]]) -> SavedLayer:
+    alphas, ranks = config.alpha_pattern or {}, config.rank_pattern or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.alpha)
+    r1, r2 = config.ranks_for(get_pattern_key(list(ranks), name))
+    m, n = found["B1"][0], found["A1"][-1]
+    expected = {"B1": (m, r1), "A1": (r1, n), "B2": (m, r2), "A2": (r2, n)}
+    for factor, shape in expected.items():
+        if found[factor] != shape:
+            raise ModelError(
+                f"{path}: {name}.abba_{factor} is {_by(found[factor])}, expected {_by(shape)} from r1 = {r1}, r2 = {r2} "
+                "in adapter_config.json; the two files do not belong together"
+            )
+    return SavedLayer(name, m, n, r1, r2, scale(alpha, r1, r2))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more + (" are" if len(names) > 1 else " is")
