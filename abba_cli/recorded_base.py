@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from accelerate import init_empty_weights
 from peft import get_peft_model, get_peft_model_state_dict
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from abba_cli.adapter import AbbaConfig, AbbaLayer
+from abba_cli.adapter import AbbaLayer
 from abba_cli.bases import Base, dequantised, find_base
 from abba_cli.errors import ModelError
 from abba_cli.loading import skeleton
@@ -140,7 +140,7 @@ def fit(adapter: SavedAdapter, config: PreTrainedConfig) -> Mapping[str, LayerKi
         ModelError: The adapter has layers that the base lacks, lacks layers that its targets match, or the shapes differ.
     """
     where, kind = config.name_or_path, type(config).__name__.removesuffix("Config")
-    settings = cast(AbbaConfig, copy.deepcopy(adapter.config))
+    settings = copy.deepcopy(adapter.config)
     bare = skeleton(config, ModelSection(name="base"))
     settings.base_model_name_or_path, settings.revision, settings.init_weights = bare.name_or_path, None, False
     known = dict(bare.named_modules())

@@ -63,7 +63,7 @@ class SavedAdapter:
             return file.get_tensor(self.whole[name])  # type: ignore[no-any-return]
 
     def provenance(self) -> dict[str, Any]:
-        """What the run recorded about itself, or {} for an adapter that came without. A checkpoint belongs to the run above it."""
+        """What the run recorded about itself (a checkpoint's is the run's above it), or {} for an adapter that came without."""
         above = self.path.absolute().parent
         run = RunDir(above.parent if above.name == RunDir(above.parent).checkpoints.name else self.path)
         return run.provenance() if run.is_run else {}

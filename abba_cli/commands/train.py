@@ -1,0 +1,39 @@
+"""`abba train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abba_cli.terminal import interruptible, open_console, quiet_libraries
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be given several times."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check recipe, data and adapter and estimate memory, without reading the weights."),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over in an output directory that holds a run; that run is lost.")
+    ] = False,
+) -> None:
+    """Train an adapter from a recipe, or go on with the run in its output directory."""
+    from abba_cli.recipe_file import load_recipe
+
+    read = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from abba_cli import training
+    from abba_cli.ui import RunDisplay
+
+    # A signal during the steps is handled there, with a checkpoint; before and after there is nothing to save.
+    advice = "run the same command again to go on"
+    with interruptible(advice), RunDisplay(open_console(), plan_only=dry_run) as display:
+        if dry_run:
+            training.prepare(read, restart=restart, listen=display)
+        else:
+            training.train(read, restart=restart, listen=display)
