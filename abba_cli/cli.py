@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from abba_cli import __version__
+from abba_cli.commands.merge import merge
 from abba_cli.commands.train import train
 from abba_cli.errors import AbbaError, TrainingInterrupted
 
@@ -35,6 +36,7 @@ def _abba(
 
 
 app.command()(train)
+app.command()(merge)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a training run tells whoever watches it; `ui.py` draws these, the Python API may listen to them."""
+"""What long work tells whoever watches it; the `ui` rooms draw these, the Python API may listen to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +97,17 @@ class Finished:
     outcome: "Outcome"
 
 
-Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Stopping | Finished
+@dataclass(frozen=True)
+class Wrote:
+    """A tensor of a merged checkpoint is written: tensors and bytes so far and in all."""
+
+    tensors: int
+    total_tensors: int
+    size: int
+    total_size: int
+
+
+Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Stopping | Finished | Wrote
 Listener = Callable[[Event], None]
 
 

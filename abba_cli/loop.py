@@ -3,9 +3,7 @@
 import dataclasses
 import importlib.util
 import math
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from abba_cli.disk import append_jsonl, disk_errors
 from abba_cli.errors import RunError, TrainingDiverged, TrainingInterrupted
 from abba_cli.events import Evaluated, Listener, Saved, Stepped, Stopping
 from abba_cli.loss import row_losses
+from abba_cli.memory import peak_memory
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, remove_old_checkpoints, seal_checkpoint
 
@@ -284,11 +283,3 @@ def quiet(trainer: Trainer) -> Trainer:
     """Take out the Trainer's own printing; `ui.py` is the only room that prints."""
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def peak_memory() -> int:
-    """Peak memory in bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -16,8 +16,9 @@ from abba_cli.data import prepare as prepare_data
 from abba_cli.disk import disk_errors
 from abba_cli.errors import ModelError, RunError, TrainingInterrupted
 from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
-from abba_cli.loop import AbbaTrainer, Recorder, arguments, check_logger, extra_callbacks, peak_memory, quiet, total_steps
+from abba_cli.loop import AbbaTrainer, Recorder, arguments, check_logger, extra_callbacks, quiet, total_steps
 from abba_cli.loss import Collator, SupervisedBatches, keeps_logits, supervised_loss
+from abba_cli.memory import peak_memory
 from abba_cli.plan import Plan, make_plan
 from abba_cli.prepared import PreparedData
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance

@@ -1,0 +1,95 @@
+"""`abba merge`."""
+
+import enum
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abba_cli.terminal import interruptible, open_console, quiet_libraries
+
+
+class Dtype(enum.StrEnum):
+    """Types of a checkpoint's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class BasePrecision(enum.StrEnum):
+    """Which base a merge starts from."""
+
+    original = "original"
+    dequantized = "dequantized"
+
+
+def read_size(text: str) -> int:
+    """Bytes from `5GB`, `500 MB` or a bare number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is no size; expected something like 5GB or 500MB")
+    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
+
+
+def merge(
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            help="A run or adapter directory, a folder of runs (its newest finished run), or a hub id; several may be given.",
+            show_default=False,
+        ),
+    ],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each adapter's update, one for each --adapter; 1 by default.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where it is not the recorded one; needs --force then.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The new directory; by default ADAPTER-merged.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the merged weights; by default each tensor keeps the base's own.")
+    ] = None,
+    base_precision: Annotated[
+        BasePrecision,
+        typer.Option(help="The base as it is stored, or quantised and back as a 4-bit or 8-bit training saw it."),
+    ] = BasePrecision.original,
+    shard_size: Annotated[
+        str | None, typer.Option(help="Largest file, such as 5GB; by default the files are cut as the base's are.")
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the result with base + adapter on a few prompts; by default where both fit into memory.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge in the output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take a base that is not the recorded one.")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository (private if it is new).")
+    ] = None,
+) -> None:
+    """Merge adapters into their base: a plain checkpoint that needs nothing of ours."""
+    limit = None if shard_size is None else read_size(shard_size)
+    quiet_libraries()
+    from abba_cli.merging import merge as run
+    from abba_cli.ui_steps import StepsDisplay, show_merged
+
+    console = open_console()
+    with interruptible("nothing was written"), StepsDisplay(console) as display:
+        merged = run(
+            adapter,
+            weights=weight or None,
+            base=base,
+            revision=revision,
+            output=output,
+            dtype=None if dtype is None else dtype.value,
+            base_precision=base_precision.value,
+            shard_bytes=limit,
+            verify=verify,
+            overwrite=overwrite,
+            force=force,
+            listen=display,
+        )
+    show_merged(console, merged)
