@@ -6,7 +6,11 @@ from typing import Annotated
 import typer
 
 from abba_cli import __version__
+from abba_cli.commands.export import export
+from abba_cli.commands.generate import chat, generate
+from abba_cli.commands.importing import import_
 from abba_cli.commands.merge import merge
+from abba_cli.commands.push import push
 from abba_cli.commands.train import train
 from abba_cli.errors import AbbaError, TrainingInterrupted
 
@@ -36,7 +40,12 @@ def _abba(
 
 
 app.command()(train)
+app.command()(generate)
+app.command()(chat)
 app.command()(merge)
+app.command()(export)
+app.command("import")(import_)
+app.command()(push)
 
 
 @app.command()

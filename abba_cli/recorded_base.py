@@ -17,7 +17,7 @@ from abba_cli.bases import Base, dequantised, find_base
 from abba_cli.errors import ModelError
 from abba_cli.loading import skeleton
 from abba_cli.recipe import ModelSection
-from abba_cli.saved_adapter import SavedAdapter
+from abba_cli.saved_adapter import SavedAdapter, is_repeated
 
 LayerKind = Literal["linear", "transposed", "convolution"]
 
@@ -152,14 +152,14 @@ def fit(adapter: SavedAdapter, config: PreTrainedConfig) -> Mapping[str, LayerKi
             f"{adapter.path} does not fit {where} ({kind}), a base of another architecture? {' '.join(str(error).split())[:200]}"
         ) from None
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    expected = {key.removeprefix("base_model.model."): tuple(value.shape) for key, value in state.items()}
+    expected = [key.removeprefix("base_model.model.") for key in state]
     foreign = [layer for layer in adapter.layers if layer not in known]
     foreign += [name for name in adapter.whole if name.rpartition(".")[0] not in known]
     if foreign:
         raise ModelError(
             f"{adapter.path} does not fit {where} ({kind}): the base has no {_some(foreign)}; is it of another architecture?"
         )
-    missing = [name for name in expected if not _holds(adapter, name)]
+    missing = [name for name in expected if not is_repeated(name) and not _holds(adapter, name)]
     if missing:
         raise ModelError(f"{adapter.path} holds half an adapter: {_some(missing)} missing for {where}")
     kinds: dict[str, LayerKind] = {}

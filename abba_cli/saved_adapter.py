@@ -62,11 +62,17 @@ class SavedAdapter:
         with safe_open(self.path / ADAPTER_FILES[1], "pt") as file:
             return file.get_tensor(self.whole[name])  # type: ignore[no-any-return]
 
+    @property
+    def run(self) -> RunDir | None:
+        """The run that it belongs to (a checkpoint's is the run above it), or None for an adapter that came without."""
+        above = self.path.absolute().parent.parent
+        is_checkpoint = RunDir(above).checkpoints == self.path.absolute().parent
+        run = RunDir(above if is_checkpoint else self.path)
+        return run if run.is_run else None
+
     def provenance(self) -> dict[str, Any]:
-        """What the run recorded about itself (a checkpoint's is the run's above it), or {} for an adapter that came without."""
-        above = self.path.absolute().parent
-        run = RunDir(above.parent if above.name == RunDir(above.parent).checkpoints.name else self.path)
-        return run.provenance() if run.is_run else {}
+        """What the run recorded about itself, or {} for an adapter that came without."""
+        return self.run.provenance() if self.run else {}
 
 
 def find_adapter(source: str) -> Path:
@@ -140,6 +146,8 @@ def open_adapter(path: Path) -> SavedAdapter:
     whole = {}
     for key, shape in shapes.items():
         name = key.removeprefix(_PREFIX)
+        if is_repeated(name):
+            continue
         layer, found, factor = name.rpartition(".abba_")
         if found:
             factors.setdefault(layer, {})[factor] = shape
@@ -150,6 +158,14 @@ def open_adapter(path: Path) -> SavedAdapter:
         raise ModelError(f"{path} holds half an adapter: {_some(missing) if missing else 'factors'} missing")
     layers = {layer: _layer(path, config, layer, found) for layer, found in factors.items()}
     return SavedAdapter(path, config, layers, whole)
+
+
+def is_repeated(name: str) -> bool:
+    """Whether a tensor stands in the file under another name, too.
+
+    With `bias="all"` PEFT 0.21.2 writes the biases of a module that is trained whole a second and a third time.
+    """
+    return ".modules_to_save." in name or ".original_module." in name
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

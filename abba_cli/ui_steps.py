@@ -7,6 +7,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from abba_cli.events import Event, Stage, Wrote
+from abba_cli.export.lora import LoraReport
+from abba_cli.exporting import Exported
 from abba_cli.merging import Merged
 from abba_cli.ui import duration
 
@@ -85,10 +87,58 @@ def show_merged(console: Console, merged: Merged) -> None:
     if check is not None:
         console.print(
             f"  verified on {check.positions} positions: logits differ from base + adapter by at most "
-            f"{check.largest_difference:.2g} ({check.relative_difference:.2%} of their spread; {check.tolerance:.1%} allowed), "
+            f"{check.largest_difference:.2g} ({100 * check.relative_difference:.2g}% of their spread; "
+            f"{100 * check.tolerance:g}% allowed), "
             f"{check.agreement:.0%} of the next tokens agree",
             highlight=False,
         )
     else:
         console.print(f"  [yellow]not verified[/]: {escape(merged.unverified)}", highlight=False)
     console.print(f"  checkpoint in [bold]{escape(str(merged.path))}[/]", highlight=False)
+
+
+def show_exported(console: Console, exported: Exported) -> None:
+    """The closing lines of an export: what it is, what it lost, and what its servers need to be told."""
+    path = escape(str(exported.path))
+    size = sum(exported.files.values())
+    kind = f"{exported.format}, {exported.dtype or 'as stored'}" + (f", rank {exported.rank}" if exported.rank else "")
+    console.print(f"[bold green]Exported[/] {kind}: {size / 1e6:,.1f} MB in [bold]{path}[/]", highlight=False)
+    if exported.lora is not None:
+        _show_lora(console, exported.lora)
+    if exported.format == "gguf-lora":
+        name = next(name for name in exported.files if name.endswith(".gguf"))
+        console.print(f"  llama-server -m BASE.gguf --lora {path}/{escape(name)}", highlight=False, soft_wrap=True)
+    if exported.modelfile is not None:
+        model = exported.modelfile
+        console.print(f"  written by {escape(str(exported.converter))}", highlight=False)
+        stops = ", ".join(model.stops)
+        console.print(f"  Modelfile for Ollama, stops at {escape(stops)}", highlight=False)
+        if model.untemplated:
+            console.print(f"  [yellow]without a TEMPLATE[/]: {escape(model.untemplated)}", highlight=False)
+        console.print(f"  ollama create {escape(exported.path.name)} -f {path}/Modelfile", highlight=False, soft_wrap=True)
+
+
+def _show_lora(console: Console, lora: LoraReport) -> None:
+    if lora.error:
+        worst = sorted(lora.errors.items(), key=lambda item: -item[1])[:3]
+        console.print(
+            f"  relative error of the updates {lora.error:.3g} over all layers; largest: "
+            + ", ".join(f"{escape(name)} {error:.3g}" for name, error in worst)
+            + " (all of them in approximation_errors.json)",
+            highlight=False,
+        )
+    else:
+        console.print("  exact: the same function as the ABBA adapter")
+    if lora.vllm_max_lora_rank is not None:
+        console.print(f"  vLLM needs --max-lora-rank {lora.vllm_max_lora_rank}", highlight=False)
+    else:
+        console.print(
+            f"  [yellow]vLLM serves ranks up to 512, this one has {lora.rank}[/]: give --rank 512 for the best approximation, "
+            "or `abba merge`",
+            highlight=False,
+        )
+
+
+def show_pushed(console: Console, url: str) -> None:
+    """Where an upload went."""
+    console.print(f"[bold green]Uploaded[/] to {escape(url)}", highlight=False, soft_wrap=True)

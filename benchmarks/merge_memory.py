@@ -47,7 +47,7 @@ def make_model(folder: Path, layers: int, shard_bytes: int = 500_000_000) -> int
     with init_empty_weights():
         shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).state_dict().items()}
     shards = arrange([planned(name, torch.bfloat16, shape) for name, shape in shapes.items()], shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {one.name: torch.randn(one.shape, dtype=torch.bfloat16).mul_(0.02) for one in shard}

@@ -16,6 +16,9 @@ class AbbaConv1d(AbbaLayer):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         return super().get_delta_weight(adapter_name).view_as(self._weight)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT 0.21.2 would decompose the slices of a kernel, and write them as a linear layer's factors
+
     def _adapted_forward(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         y = self.base_layer(x, *args, **kwargs)
         conv: Any = self.get_base_layer()

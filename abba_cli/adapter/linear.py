@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import AbbaConfig
+from .decoding import DecodingWeight, is_decoding_step
 from .kernels import Scaled, adapted_linear, delta_linear
 from .layer import AbbaLayer
 from .quantised import is_packed
@@ -16,11 +19,33 @@ from .quantised import is_packed
 class AbbaLinear(AbbaLayer):
     """ABBA on a linear layer: `nn.Linear`, transformers' Conv1D, or a quantised linear that PEFT knows."""
 
+    _kept: DecodingWeight | None = None  # see decoding.py
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        kept = self._kept
+        if kept is not None:
+            if args or kwargs or not kept.serves(x):
+                kept.verified = False
+                if kept.weight is None:
+                    self._kept = None  # there may be room the next time
+            elif not kept.holds(self):
+                self._kept = None
+            elif kept.weight is not None:
+                return kept.matmul(x)
+        return super().forward(x, *args, **kwargs)
+
     def _adapted_forward(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         inner: Any = self.base_layer
         dropping = [n for n in names if self.training and isinstance(self.abba_dropout[n], nn.Dropout)]
         adapters: list[Scaled] = [(self.factors(name), self.scaling[name]) for name in names]
         if not dropping and not args and not kwargs and self._is_plain(inner, x):
+            if self._kept is None and not self.training and is_decoding_step(x):
+                kept = DecodingWeight.of(self, names)
+                self._kept = kept
+                if kept is not None and kept.weight is not None:
+                    return kept.matmul(x)
             return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed)
         y = self._base_forward(x, *args, **kwargs)
         if self.quantization_backend is not None:
@@ -59,3 +84,36 @@ class AbbaLinear(AbbaLayer):
             and not weight.requires_grad
             and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
+
+    # Whatever changes the weight is seen by `DecodingWeight.holds`; these let go of its memory at once.
+
+    def train(self, mode: bool = True) -> AbbaLinear:
+        if mode:
+            self._kept = None
+        super().train(mode)
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self._kept = None
+        super().set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._kept = None
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._kept = None
+        super().delete_adapter(adapter_name)
+
+    def update_layer(self, adapter_name: str, config: AbbaConfig, r1: int, r2: int, alpha: float) -> None:
+        self._kept = None
+        super().update_layer(adapter_name, config, r1, r2, alpha)
+
+    def _add_to_base_weight(self, names: Sequence[str], sign: int, safe: bool) -> None:
+        self._kept = None
+        super()._add_to_base_weight(names, sign, safe)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AbbaLinear:  # what .to() and its like go through
+        self._kept = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -74,8 +74,12 @@ def merge(
     limit = None if shard_size is None else read_size(shard_size)
     quiet_libraries()
     from abba_cli.merging import merge as run
-    from abba_cli.ui_steps import StepsDisplay, show_merged
+    from abba_cli.pushing import check_push
+    from abba_cli.pushing import push as upload
+    from abba_cli.ui_steps import StepsDisplay, show_merged, show_pushed
 
+    if push is not None:
+        check_push(push)
     console = open_console()
     with interruptible("nothing was written"), StepsDisplay(console) as display:
         merged = run(
@@ -93,3 +97,7 @@ def merge(
             listen=display,
         )
     show_merged(console, merged)
+    if push is not None:
+        with interruptible(f"{merged.path} is complete, but not uploaded"), StepsDisplay(console) as display:
+            url = upload(merged.path, push, listen=display)
+        show_pushed(console, url)

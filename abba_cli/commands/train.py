@@ -18,6 +18,9 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check recipe, data and adapter and estimate memory, without reading the weights."),
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished run to this hub repository (private if it is new).")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over in an output directory that holds a run; that run is lost.")
     ] = False,
@@ -28,12 +31,22 @@ def train(
     read = load_recipe(recipe, overrides or [])
     quiet_libraries()
     from abba_cli import training
+    from abba_cli.pushing import check_push
+    from abba_cli.pushing import push as upload
     from abba_cli.ui import RunDisplay
+    from abba_cli.ui_steps import StepsDisplay, show_pushed
 
+    if push is not None:
+        check_push(push)
     # A signal during the steps is handled there, with a checkpoint; before and after there is nothing to save.
     advice = "run the same command again to go on"
-    with interruptible(advice), RunDisplay(open_console(), plan_only=dry_run) as display:
+    console = open_console()
+    with interruptible(advice), RunDisplay(console, plan_only=dry_run) as display:
         if dry_run:
             training.prepare(read, restart=restart, listen=display)
-        else:
-            training.train(read, restart=restart, listen=display)
+            return
+        run = training.train(read, restart=restart, listen=display)
+    if push is not None:
+        with interruptible(f"{run.path} is complete, but not uploaded"), StepsDisplay(console) as steps:
+            url = upload(run.path, push, listen=steps)
+        show_pushed(console, url)
