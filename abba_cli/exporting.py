@@ -21,7 +21,7 @@ from abba_cli.export.lora import LoraReport, exact_rank, write_lora
 from abba_cli.export.modelfile import ModelfileReport, write_modelfile
 from abba_cli.export.own import write_abba
 from abba_cli.loading import load_config, load_tokenizer
-from abba_cli.merge_plan import plan_merge
+from abba_cli.merge.plan import plan_merge
 from abba_cli.merging import default_output, write_merged
 from abba_cli.outputs import check_output, new_directory
 from abba_cli.recipe import ModelSection

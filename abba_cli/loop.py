@@ -280,6 +280,6 @@ def check_logger(recipe: Recipe) -> None:
 
 
 def quiet(trainer: Trainer) -> Trainer:
-    """Take out the Trainer's own printing; `ui.py` is the only room that prints."""
+    """Take out the Trainer's own printing; only the `ui` rooms print."""
     trainer.remove_callback(PrinterCallback)
     return trainer

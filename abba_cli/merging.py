@@ -15,10 +15,10 @@ from abba_cli.checkpoint import copy_small_files, write_header
 from abba_cli.disk import write_atomically
 from abba_cli.events import Listener, Stage, Wrote, ignore
 from abba_cli.memory import peak_process_memory
-from abba_cli.merge_plan import BasePrecision, MergePlan, plan_merge
+from abba_cli.merge.plan import BasePrecision, MergePlan, plan_merge
+from abba_cli.merge.verifying import Verification, verify_merge
 from abba_cli.outputs import check_output, new_directory
 from abba_cli.saved_adapter import find_adapter
-from abba_cli.verifying import Verification, verify_merge
 
 
 @dataclass(frozen=True)

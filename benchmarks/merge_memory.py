@@ -103,7 +103,7 @@ def main() -> None:
     try:
         size = make_model(base, options.layers)
         make_adapter(adapter, base, options.layers)
-        idle, _ = peak_of("import abba_cli.merging, abba_cli.ui_steps, bitsandbytes")
+        idle, _ = peak_of("import abba_cli.merging, abba_cli.ui.steps, bitsandbytes")
         call = (
             "from abba_cli.merging import merge; from pathlib import Path; "
             "merge([arguments[0]], output=Path(arguments[1]), verify=False)"

@@ -25,7 +25,7 @@ from abba_cli.errors import AbbaError, DataError, ModelError
 from abba_cli.formats import Message
 from abba_cli.generating import Sampling, _Stream, answer, prompt_ids, within_positions
 from abba_cli.speakers import Source, Speaker, load_for_generation
-from abba_cli.ui_chat import SideBySide, Streamed
+from abba_cli.ui.chat import SideBySide, Streamed
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
 PROMPT = "What is 2 + 3?"

@@ -17,9 +17,9 @@ from models import write_adapter, write_model
 from safetensors.torch import load_file, save_file
 
 from abba_cli.errors import ModelError, RunError
+from abba_cli.merge.verifying import TOLERANCE, verify_merge
 from abba_cli.merging import default_output, merge
 from abba_cli.saved_adapter import find_adapter
-from abba_cli.verifying import TOLERANCE, verify_merge
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_every_type_has_a_tolerance() -> None:
 
 
 def test_a_model_that_does_not_fit_is_not_verified(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abba_cli.verifying.available_memory", lambda device: 1_000_000)
+    monkeypatch.setattr("abba_cli.merge.verifying.available_memory", lambda device: 1_000_000)
     merged = merge([adapter])
     assert merged.verification is None
     assert "does not fit into memory (0.0 GB free" in merged.unverified

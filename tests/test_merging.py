@@ -269,7 +269,7 @@ def test_rows_are_merged_in_blocks(base: Callable[..., Path], tmp_path: Path, mo
     folder = base("gpt2")
     adapter = write_adapter(tmp_path / "adapter", folder)
     whole = merge([adapter], output=tmp_path / "whole", verify=False)
-    monkeypatch.setattr("abba_cli.merged_tensors._BLOCK_BYTES", 4 * 7 * 96)  # seven rows of the widest weight
+    monkeypatch.setattr("abba_cli.merge.tensors._BLOCK_BYTES", 4 * 7 * 96)  # seven rows of the widest weight
     blocks = merge([adapter], output=tmp_path / "blocks", verify=False)
     first, second = (load_file(one.path / "model.safetensors") for one in (whole, blocks))
     for name, tensor in first.items():

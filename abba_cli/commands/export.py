@@ -72,7 +72,7 @@ def export(
     from abba_cli.exporting import export as run
     from abba_cli.pushing import check_push
     from abba_cli.pushing import push as upload
-    from abba_cli.ui_steps import StepsDisplay, show_exported, show_pushed
+    from abba_cli.ui.steps import StepsDisplay, show_exported, show_pushed
 
     if push is not None:
         check_push(push)

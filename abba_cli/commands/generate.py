@@ -102,7 +102,7 @@ def generate(
     from abba_cli.formats import Message
     from abba_cli.generating import Sampling
     from abba_cli.speakers import Source
-    from abba_cli.ui_chat import show_speed
+    from abba_cli.ui.chat import show_speed
 
     source = Source(adapter, model, base, revision, force, None if dtype is None else dtype.value, quantization.value, template)
     sampling = Sampling(max_tokens, temperature, top_p, seed)
@@ -136,7 +136,7 @@ def chat(
     from abba_cli.formats import Message
     from abba_cli.generating import Sampling
     from abba_cli.speakers import Source
-    from abba_cli.ui_chat import show_note
+    from abba_cli.ui.chat import show_note
 
     source = Source(adapter, model, base, revision, force, None if dtype is None else dtype.value, quantization.value, template)
     sampling = Sampling(max_tokens, temperature, top_p, seed)
@@ -160,7 +160,7 @@ def _converse(
     """Take lines and answer them until the input ends; every speaker has a conversation of its own."""
     from abba_cli.formats import Message
     from abba_cli.generating import within_positions
-    from abba_cli.ui_chat import read_line, show_note, show_speed
+    from abba_cli.ui.chat import read_line, show_note, show_speed
 
     histories = [list(start) for _ in speakers]
     while (line := read_line(console)) is not None:
@@ -205,7 +205,7 @@ def _answer(
 ) -> "list[Answer]":
     """Let each speaker answer its conversation, and draw that; if `stoppable`, Ctrl-C ends an answer where it is."""
     from abba_cli.generating import Answer, answer
-    from abba_cli.ui_chat import SideBySide, Streamed, fits_side_by_side, show_label
+    from abba_cli.ui.chat import SideBySide, Streamed, fits_side_by_side, show_label
 
     several = len(speakers) > 1
     columns = SideBySide(console, [one.label for one in speakers]) if several and fits_side_by_side(console) else None

@@ -76,7 +76,7 @@ def merge(
     from abba_cli.merging import merge as run
     from abba_cli.pushing import check_push
     from abba_cli.pushing import push as upload
-    from abba_cli.ui_steps import StepsDisplay, show_merged, show_pushed
+    from abba_cli.ui.steps import StepsDisplay, show_merged, show_pushed
 
     if push is not None:
         check_push(push)

@@ -16,7 +16,7 @@ def push(
     """Upload a directory to the hub, with the token in the environment variable HF_TOKEN."""
     quiet_libraries()
     from abba_cli.pushing import push as run
-    from abba_cli.ui_steps import StepsDisplay, show_pushed
+    from abba_cli.ui.steps import StepsDisplay, show_pushed
 
     console = open_console()
     with interruptible("the upload is not complete; run the same command again"), StepsDisplay(console) as display:

@@ -33,8 +33,8 @@ def train(
     from abba_cli import training
     from abba_cli.pushing import check_push
     from abba_cli.pushing import push as upload
-    from abba_cli.ui import RunDisplay
-    from abba_cli.ui_steps import StepsDisplay, show_pushed
+    from abba_cli.ui.steps import StepsDisplay, show_pushed
+    from abba_cli.ui.training import RunDisplay
 
     if push is not None:
         check_push(push)

@@ -18,7 +18,7 @@ from abba_cli.events import Listener, Stage
 from abba_cli.hub import explain, no_progress_bars
 from abba_cli.loading import load_model
 from abba_cli.memory import available_memory
-from abba_cli.merged_tensors import Quantised
+from abba_cli.merge.tensors import Quantised
 from abba_cli.recipe import ModelSection
 from abba_cli.saved_adapter import SavedAdapter
 

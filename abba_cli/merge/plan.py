@@ -14,7 +14,7 @@ from abba_cli.bases import Base
 from abba_cli.checkpoint import Checkpoint, arrange, download, read_checkpoint
 from abba_cli.errors import ModelError
 from abba_cli.loading import load_config, skeleton
-from abba_cli.merged_tensors import OutTensor, Quantised, plan_tensors, tied_parameters
+from abba_cli.merge.tensors import OutTensor, Quantised, plan_tensors, tied_parameters
 from abba_cli.recipe import ModelSection
 from abba_cli.recorded_base import LayerKind, fit, recorded_base, resolve_base
 from abba_cli.saved_adapter import SavedAdapter, open_adapter

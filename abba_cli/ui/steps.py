@@ -10,7 +10,7 @@ from abba_cli.events import Event, Stage, Wrote
 from abba_cli.export.lora import LoraReport
 from abba_cli.exporting import Exported
 from abba_cli.merging import Merged
-from abba_cli.ui import duration
+from abba_cli.ui.training import duration
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -64,7 +64,7 @@ class StepsDisplay:
                 self.console.print(f"{escape(text)} ...")
             elif total and now - self._last_line >= _LINE_EVERY_SECONDS:
                 self._last_line = now
-                self.console.print(f"  {status}", highlight=False)
+                self.console.print(f"  {status}", highlight=False, soft_wrap=True)
             return
         if first:
             if self._task is not None:
@@ -82,6 +82,7 @@ def show_merged(console: Console, merged: Merged) -> None:
         f"{merged.size / 1e9:.2f} GB in {duration(merged.seconds)} ({rate:.1f} GB/s), "
         f"peak memory {merged.peak_memory_bytes / 1e9:.1f} GB",
         highlight=False,
+        soft_wrap=True,
     )
     check = merged.verification
     if check is not None:
@@ -91,10 +92,11 @@ def show_merged(console: Console, merged: Merged) -> None:
             f"{100 * check.tolerance:g}% allowed), "
             f"{check.agreement:.0%} of the next tokens agree",
             highlight=False,
+            soft_wrap=True,
         )
     else:
-        console.print(f"  [yellow]not verified[/]: {escape(merged.unverified)}", highlight=False)
-    console.print(f"  checkpoint in [bold]{escape(str(merged.path))}[/]", highlight=False)
+        console.print(f"  [yellow]not verified[/]: {escape(merged.unverified)}", highlight=False, soft_wrap=True)
+    console.print(f"  checkpoint in [bold]{escape(str(merged.path))}[/]", highlight=False, soft_wrap=True)
 
 
 def show_exported(console: Console, exported: Exported) -> None:
@@ -102,7 +104,7 @@ def show_exported(console: Console, exported: Exported) -> None:
     path = escape(str(exported.path))
     size = sum(exported.files.values())
     kind = f"{exported.format}, {exported.dtype or 'as stored'}" + (f", rank {exported.rank}" if exported.rank else "")
-    console.print(f"[bold green]Exported[/] {kind}: {size / 1e6:,.1f} MB in [bold]{path}[/]", highlight=False)
+    console.print(f"[bold green]Exported[/] {kind}: {size / 1e6:,.1f} MB in [bold]{path}[/]", highlight=False, soft_wrap=True)
     if exported.lora is not None:
         _show_lora(console, exported.lora)
     if exported.format == "gguf-lora":
@@ -110,11 +112,11 @@ def show_exported(console: Console, exported: Exported) -> None:
         console.print(f"  llama-server -m BASE.gguf --lora {path}/{escape(name)}", highlight=False, soft_wrap=True)
     if exported.modelfile is not None:
         model = exported.modelfile
-        console.print(f"  written by {escape(str(exported.converter))}", highlight=False)
+        console.print(f"  written by {escape(str(exported.converter))}", highlight=False, soft_wrap=True)
         stops = ", ".join(model.stops)
-        console.print(f"  Modelfile for Ollama, stops at {escape(stops)}", highlight=False)
+        console.print(f"  Modelfile for Ollama, stops at {escape(stops)}", highlight=False, soft_wrap=True)
         if model.untemplated:
-            console.print(f"  [yellow]without a TEMPLATE[/]: {escape(model.untemplated)}", highlight=False)
+            console.print(f"  [yellow]without a TEMPLATE[/]: {escape(model.untemplated)}", highlight=False, soft_wrap=True)
         console.print(f"  ollama create {escape(exported.path.name)} -f {path}/Modelfile", highlight=False, soft_wrap=True)
 
 
@@ -126,16 +128,18 @@ def _show_lora(console: Console, lora: LoraReport) -> None:
             + ", ".join(f"{escape(name)} {error:.3g}" for name, error in worst)
             + " (all of them in approximation_errors.json)",
             highlight=False,
+            soft_wrap=True,
         )
     else:
         console.print("  exact: the same function as the ABBA adapter")
     if lora.vllm_max_lora_rank is not None:
-        console.print(f"  vLLM needs --max-lora-rank {lora.vllm_max_lora_rank}", highlight=False)
+        console.print(f"  vLLM needs --max-lora-rank {lora.vllm_max_lora_rank}", highlight=False, soft_wrap=True)
     else:
         console.print(
             f"  [yellow]vLLM serves ranks up to 512, this one has {lora.rank}[/]: give --rank 512 for the best approximation, "
             "or `abba merge`",
             highlight=False,
+            soft_wrap=True,
         )
 
 

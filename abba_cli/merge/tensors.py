@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from abba_cli.adapter import Factors
 from abba_cli.adapter.kernels import effective_weight
 from abba_cli.checkpoint import DTYPES, Checkpoint, Planned, Stored, planned, read_file, write_tensor
-from abba_cli.dequantising import quantised_layers, round_trip
 from abba_cli.errors import ModelError
+from abba_cli.merge.dequantising import quantised_layers, round_trip
 from abba_cli.recorded_base import LayerKind
 from abba_cli.rundir import ADAPTER_FILES
 from abba_cli.saved_adapter import SavedAdapter

@@ -1,0 +1,1 @@
+"""The only rooms that print: a training run, the steps of other commands, a conversation."""
