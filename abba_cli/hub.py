@@ -20,12 +20,13 @@ from abba_cli.errors import AbbaError, ModelError
 
 
 @contextmanager
-def explain(what: str, page: str = "") -> Iterator[None]:
-    """Turn a failure to load `what` into a ModelError that says what to do.
+def explain(what: str, page: str = "", doing: str = "load") -> Iterator[None]:
+    """Turn a failure to load (or to do something else with) `what` into a ModelError that says what to do.
 
     Args:
         what: What was being loaded, for the message, such as `model meta-llama/Llama-3.2-3B`.
         page: Its hub id, for the address of its page.
+        doing: The verb.
 
     Raises:
         ModelError: In place of any OSError, ValueError, KeyError or hub error inside.
@@ -39,7 +40,7 @@ def explain(what: str, page: str = "") -> Iterator[None]:
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"cannot load {what}: {reason}") from error
+        raise ModelError(f"cannot {doing} {what}: {reason}") from error
 
 
 def reason_for(error: BaseException, page: str) -> str | None:

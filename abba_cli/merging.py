@@ -93,7 +93,7 @@ def merge(
         write_card(plan, partial, output.name)
         if verify is not False:
             verification, reason = verify_merge(
-                plan.adapters, plan.base, partial, plan.narrowest, plan.parameters, plan.quantised, verify, listen
+                plan.adapters, plan.base, partial, plan.dtypes, plan.parameters, plan.quantised, verify, listen
             )
         else:
             verification, reason = None, "switched off"

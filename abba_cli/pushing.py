@@ -55,7 +55,7 @@ def push(folder: Path, repo: str, *, public: bool = False, listen: Listener = ig
     if not (folder / "README.md").is_file():
         raise ModelError(f"{folder} has no README.md; write a model card before it is uploaded")
     listen(Stage(f"Uploading to {repo}"))
-    with explain(f"repository {repo}", page=repo):
+    with explain(repo, page=repo, doing="upload to"):
         api = HfApi(token=os.environ[TOKEN].strip())
         url = api.create_repo(repo, private=not public, exist_ok=True, repo_type="model")
         api.upload_folder(

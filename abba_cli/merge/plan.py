@@ -46,10 +46,9 @@ class MergePlan:
         return sum(prod(tensor.source.shape) for shard in self.shards.values() for tensor in shard)
 
     @property
-    def narrowest(self) -> torch.dtype:
-        """The narrowest type of a changed tensor."""
-        types = [tensor.dtype for shard in self.shards.values() for tensor in shard if tensor.changed and tensor.dtype]
-        return min(types, key=lambda dtype: -torch.finfo(dtype).eps)
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the tensors that will be written, by the parameters' names."""
+        return {tensor.parameter: tensor.dtype for shard in self.shards.values() for tensor in shard if tensor.dtype}
 
     @property
     def layers(self) -> int:

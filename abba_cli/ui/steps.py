@@ -86,17 +86,20 @@ def show_merged(console: Console, merged: Merged) -> None:
     )
     check = merged.verification
     if check is not None:
+        alike = "" if check.rounded_alike is None else f", {_percent(check.rounded_alike)} with the same rounding"
         console.print(
-            f"  verified on {check.positions} positions: logits differ from base + adapter by at most "
-            f"{check.largest_difference:.2g} ({100 * check.relative_difference:.2g}% of their spread; "
-            f"{100 * check.tolerance:g}% allowed), "
-            f"{check.agreement:.0%} of the next tokens agree",
+            f"  verified against base + adapter on {check.positions} positions: {check.agreement:.0%} of the next tokens agree; "
+            f"logits differ by at most {_percent(check.difference)} of their spread{alike} ({_percent(check.tolerance)} allowed)",
             highlight=False,
             soft_wrap=True,
         )
     else:
         console.print(f"  [yellow]not verified[/]: {escape(merged.unverified)}", highlight=False, soft_wrap=True)
     console.print(f"  checkpoint in [bold]{escape(str(merged.path))}[/]", highlight=False, soft_wrap=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%"
 
 
 def show_exported(console: Console, exported: Exported) -> None:

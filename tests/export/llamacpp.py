@@ -95,10 +95,15 @@ def tiny_config(architecture: str, **settings: Any) -> PreTrainedConfig:
     return config
 
 
-def save_adapter(base: Path, folder: Path, alpha: float = 8.0, **settings: Any) -> Path:
-    """Save an adapter with random factors on all projections, strong enough to change what the model says."""
+def save_adapter(base: Path, folder: Path, strength: float = 1.0, **settings: Any) -> Path:
+    """Save an adapter with random factors on all projections; the update is multiplied by `strength`."""
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = AbbaConfig(**{"r1": 4, "r2": 3, "alpha": alpha, "target_modules": "all-linear", "init_weights": False} | settings)
-    get_peft_model(model, config).save_pretrained(folder, save_embedding_layers=False)
+    config = AbbaConfig(**{"r1": 4, "r2": 3, "alpha": 8.0, "target_modules": "all-linear", "init_weights": False} | settings)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".abba_B1." in name:
+                parameter.mul_(strength)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder

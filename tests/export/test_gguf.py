@@ -120,8 +120,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     model.save_pretrained(folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     tokenizer.save_pretrained(folder / "base")
-    # dW has about a tenth of the norm of W0.
-    save_adapter(folder / "base", folder / "adapter", alpha=100.0, r1=4, r2=4)
+    # dW gets a few hundredths of the norm of W0, enough to change the answers.
+    save_adapter(folder / "base", folder / "adapter", strength=40.0, r1=4, r2=4)
     merged = merge(folder / "adapter", folder / "merged").eval()
     prompts: list[list[int]] = []
     for text in ASKED:
@@ -183,13 +183,13 @@ def test_smollm2_answers_the_same_tokens(smollm2: Reference, converter_folder: P
     for prompt, logits in zip(smollm2.prompts[:5], smollm2.logits, strict=False):
         expected = logits[0].log_softmax(-1)
         assert all(abs(value - float(expected[token])) < 2e-3 for token, value in served.next_token(prompt, 50).items())
-    untuned, _, total = agreement(LlamaCpp(tmp_path / "base.gguf"), smollm2, tokens=6)
+    untuned, _, total = agreement(LlamaCpp(tmp_path / "base.gguf"), smollm2, tokens=12)
     print(f"base alone: {untuned} of {total} next tokens agree")
     assert untuned < 0.95 * total, "the adapter does too little for this test to mean anything"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("outtype", "at_least"), [("f16", 0.99), ("bf16", 0.95), ("q8_0", 0.95)])
+@pytest.mark.parametrize(("outtype", "at_least"), [("f16", 0.99), ("bf16", 0.95), ("q8_0", 0.92)])
 def test_smollm2_in_narrower_types(
     smollm2: Reference, outtype: Outtype, at_least: float, converter_folder: Path, tmp_path: Path
 ) -> None:
