@@ -1,12 +1,11 @@
-"""How fast an unmerged adapter decodes: merged, ABBA with and without the kept weight, and PEFT's LoRA. On SmolLM2-135M.
+"""How fast an unmerged adapter generates: merged, ABBA in three ways, and PEFT's LoRA. On SmolLM2-135M.
 
-    python benchmarks/decoding.py [--rounds 5] [--tokens 64]
+    python benchmarks/decoding.py [--rounds 5] [--tokens 32]
 
-Tokens per second are the batch over the median step of a round, of which the median is taken.
-One process; the four models take turns token by token, so that whatever else the machine does falls on all of them alike. The
-prompt's time is left out. The adapters are fresh (their update is zero), which makes no difference to the work. Every model
-feeds the same token again and again: its choice costs the same everywhere. Appends a row for each way and batch size to
-results/decoding.jsonl and prints the table.
+Times whole calls of `generate`, the prompt included, in one process; the models take turns call by call, in another order each
+round, so that whatever else the machine does falls on all of them alike. In each round a model generates twice: first after
+everything kept has been dropped, then again. The adapters are fresh (their update is zero), which makes no difference to the work.
+Appends a row for each way and batch size to results/decoding.jsonl and prints the table.
 """
 
 import argparse
@@ -32,77 +31,91 @@ from abba_cli.loading import load_model, load_tokenizer
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decoding.jsonl"
 PROMPT = "Tom has 3 boxes with 4 pens each. He gives 5 pens to Ann. How many pens does Tom have left? Think step by step."
-MERGED, KEPT, WITHOUT, LORA = "merged", "ABBA, unmerged", "ABBA, unmerged, no weight kept", "LoRA r = 32, unmerged"
+MERGED, ABBA, LOOP = "merged", "ABBA, unmerged", "ABBA, unmerged, a loop of one's own"
+WITHOUT, LORA = "ABBA, unmerged, no weight kept", "LoRA r = 32, unmerged"
 
 
 def main() -> None:
     """Measure both batch sizes, record them, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     recipe = load_recipe(HERE.parent / "recipes" / "quickstart.yaml", [])
     base = dequantised(find_base(recipe.model), recipe.model)
     tokenizer = load_tokenizer(base, recipe.model)
     models = {name: model.eval() for name, model in made(lambda: load_model(base, recipe.model)).items()}
-    print("| way | batch | tokens/s | ratio | slowest, fastest round | first step (s) |")
+    print("| way | batch | tokens/s | ratio | ratio of the first call | slowest, fastest call |")
     print("|---|---|---|---|---|---|")
     for batch in (1, 4):
         ids = torch.tensor([tokenizer(PROMPT)["input_ids"]] * batch)
-        rounds = [one_round(models, ids, options.tokens) for _ in range(options.rounds)]
-        firsts = rounds[0]
-        speeds = {name: [batch / statistics.median(one[name][1:]) for one in rounds] for name in models}
-        for name, values in speeds.items():
+        one_round(models, ids, 4, 0)
+        rounds = [one_round(models, ids, options.tokens, turn) for turn in range(options.rounds)]
+        for name in models:
+            # Ratios within a round, since a round's models shared the same moments.
+            first, again = (statistics.median(one[MERGED][at] / one[name][at] for one in rounds) for at in (0, 1))
+            speeds = sorted(batch * options.tokens / one[name][1] for one in rounds)
             row = {
                 "way": name,
                 "batch": batch,
                 "new_tokens": options.tokens,
                 "rounds": options.rounds,
-                "tokens_per_second": round(statistics.median(values), 2),
-                # Of each round, since a round's models shared the same moments.
-                "ratio": round(statistics.median(a / b for a, b in zip(values, speeds[MERGED], strict=True)), 3),
-                "slowest_round": round(min(values), 2),
-                "fastest_round": round(max(values), 2),
-                "first_step_seconds": round(firsts[name][0], 3),
+                "tokens_per_second": round(statistics.median(speeds), 2),
+                "ratio": round(again, 3),
+                "ratio_first_call": round(first, 3),
+                "slowest_call": round(speeds[0], 2),
+                "fastest_call": round(speeds[-1], 2),
                 "threads": torch.get_num_threads(),
                 "cores": os.cpu_count(),
             }
             with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
-            spread = f"{row['slowest_round']}, {row['fastest_round']}"
-            print(f"| {name} | {batch} | {row['tokens_per_second']} | {row['ratio']} | {spread} | {row['first_step_seconds']} |")
+            spread = f"{row['slowest_call']}, {row['fastest_call']}"
+            print(
+                f"| {name} | {batch} | {row['tokens_per_second']} | {row['ratio']} | {row['ratio_first_call']} | {spread} |",
+                flush=True,
+            )
 
 
 def made(load: Any) -> dict[str, Any]:
     """The four models, each with weights of its own."""
     settings: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     abba = AbbaConfig(r1=16, r2=16, init_weights="random", **settings)
+    adapted = get_peft_model(load(), copy.deepcopy(abba))
     return {
         MERGED: get_peft_model(load(), copy.deepcopy(abba)).merge_and_unload(),
-        KEPT: get_peft_model(load(), copy.deepcopy(abba)),
-        WITHOUT: get_peft_model(load(), copy.deepcopy(abba)),
+        ABBA: adapted,
+        # Without PEFT's `generate`, which is told that nothing changes, every step looks for itself.
+        LOOP: adapted.get_base_model(),
+        WITHOUT: adapted.get_base_model(),
         LORA: get_peft_model(load(), LoraConfig(r=32, **settings)),
     }
 
 
-@torch.inference_mode()
-def one_round(models: dict[str, Any], ids: torch.Tensor, tokens: int) -> dict[str, list[float]]:
-    """Seconds of every step of each model: one after the prompt, then `tokens` more."""
-    pasts = {}
-    for name, model in models.items():
-        with switched(name):
-            pasts[name] = model(input_ids=ids, use_cache=True).past_key_values
+def one_round(models: dict[str, Any], ids: torch.Tensor, tokens: int, turn: int) -> dict[str, tuple[float, float]]:
+    """Seconds of the first and of the second call of each model."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for step in range(tokens + 1):
-        # Another order each time: nobody always follows the same neighbour.
-        names = list(models)[step % len(models) :] + list(models)[: step % len(models)]
-        for name in names:
+    for model in models.values():
+        model.train()  # drops what is kept
+        model.eval()
+    names = list(models)
+    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        model = models[name]
+        for _ in range(2):
             with switched(name):
                 start = time.perf_counter()
-                models[name](input_ids=ids[:, -1:], past_key_values=pasts[name], use_cache=True)
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    min_new_tokens=tokens,
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                )
                 seconds[name].append(time.perf_counter() - start)
-    return seconds
+        model.train()
+        model.eval()
+    return {name: (one[0], one[1]) for name, one in seconds.items()}
 
 
 def switched(name: str) -> AbstractContextManager[object]:

@@ -6,8 +6,9 @@ For one token neither way of kernels.py is cheap: each reads the factors and mak
 matmul. So the first decoding step makes W0 + sum of s dW as `merge` would, and the steps after it cost what the merged
 model's cost. That doubles the memory of the adapted weights for as long as it is kept.
 
-Every step looks whether the weight still holds. One change it cannot see: a write through `.data` between two steps of the
-same text. The next prompt, or any other call that is no step, has the values compared.
+`AbbaModel.generate` makes the weights before the prompt and uses them, unlooked at, until the text is complete. For a caller
+with a loop of its own every step looks whether the weight still holds. One change it cannot see: a write through `.data`
+between two steps of the same text. The next prompt, or any other call that is no step, has the values compared.
 """
 
 from __future__ import annotations

@@ -20,10 +20,14 @@ class AbbaLinear(AbbaLayer):
     """ABBA on a linear layer: `nn.Linear`, transformers' Conv1D, or a quantised linear that PEFT knows."""
 
     _kept: DecodingWeight | None = None  # see decoding.py
+    _settled: DecodingWeight | None = None  # the same, while `generating` says that nothing will change
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)
+        settled = self._settled
+        if settled is not None and not args and not kwargs:
+            return settled.matmul(x)
         kept = self._kept
         if kept is not None:
             if args or kwargs or not kept.serves(x):
@@ -58,6 +62,28 @@ class AbbaLinear(AbbaLayer):
             y = y + delta_linear(dropped, [(self.factors(name), self.scaling[name])], y.dtype).to(y.dtype)
         return y  # type: ignore[no-any-return]
 
+    def settle(self) -> None:
+        """Keeps the weight for all calls to come, of whatever length, until `unsettle`; does nothing where it cannot."""
+        kept = self._kept
+        if kept is not None and not kept.holds(self):
+            kept = None
+        names = [] if self.disable_adapters or self.merged else self._active_here()
+        if kept is None and names and not self.training and self._is_plain(self.base_layer, None):
+            for name in names:
+                self.initialize_pending(name)
+            kept = DecodingWeight.of(self, names)
+        self._kept = kept
+        self._settled = kept if kept is not None and kept.weight is not None else None
+
+    def unsettle(self) -> None:
+        """Ends `settle`. The weight stays, to be looked at again before it is used."""
+        self._settled = None
+        if self._kept is not None:
+            self._kept.verified = False
+
+    def _let_go(self) -> None:
+        self._kept = self._settled = None
+
     def _base_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         inner: Any = self.base_layer
         if x.requires_grad and is_packed(inner):  # bitsandbytes would return a result without gradient
@@ -65,7 +91,7 @@ class AbbaLinear(AbbaLayer):
             return adapted_linear(x.to(dtype), self.get_base_weight, inner.bias, [], transposed=False).to(x.dtype)
         return inner(x, *args, **kwargs)
 
-    def _is_plain(self, inner: nn.Module, x: torch.Tensor) -> bool:
+    def _is_plain(self, inner: nn.Module, x: torch.Tensor | None) -> bool:
         """Whether the base layer is exactly x W0^T + bias with a frozen W0, so that its weight may be used directly.
 
         It is not if it is quantised, another tuner's layer, a subclass with a forward of its own, or hooked
@@ -82,38 +108,38 @@ class AbbaLinear(AbbaLayer):
             and not inner._backward_pre_hooks
             and isinstance(weight, torch.Tensor)
             and not weight.requires_grad
-            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and (x is None or x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
     # Whatever changes the weight is seen by `DecodingWeight.holds`; these let go of its memory at once.
 
     def train(self, mode: bool = True) -> AbbaLinear:
         if mode:
-            self._kept = None
+            self._let_go()
         super().train(mode)
         return self
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        self._kept = None
+        self._let_go()
         super().set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        self._kept = None
+        self._let_go()
         super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._kept = None
+        self._let_go()
         super().delete_adapter(adapter_name)
 
     def update_layer(self, adapter_name: str, config: AbbaConfig, r1: int, r2: int, alpha: float) -> None:
-        self._kept = None
+        self._let_go()
         super().update_layer(adapter_name, config, r1, r2, alpha)
 
     def _add_to_base_weight(self, names: Sequence[str], sign: int, safe: bool) -> None:
-        self._kept = None
+        self._let_go()
         super()._add_to_base_weight(names, sign, safe)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AbbaLinear:  # what .to() and its like go through
-        self._kept = None
+        self._let_go()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

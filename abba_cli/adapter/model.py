@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -61,6 +62,24 @@ class AbbaModel(BaseTuner):
         for done, layer in enumerate(layers, start=1):
             layer.initialize_pending(adapter_name)
             report(done, len(layers))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates text as the model does, at the merged model's speed: see decoding.py.
+
+        Each float layer's weight is made once, before the prompt, and used without further looks until the text is complete. In
+        training mode, under autocast or where memory is short it is the model's own `generate`.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, AbbaLinear)]
+        device = next(self.model.parameters()).device
+        settle = not self.model.training and not torch.is_autocast_enabled(device.type)
+        try:
+            with torch.no_grad():
+                for layer in layers if settle else ():
+                    layer.settle()
+            return self.model.generate(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.unsettle()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keeps the factors in float32, or gives them the base's dtype when `autocast_adapter_dtype` is off.
