@@ -4,7 +4,7 @@
 
 Times whole calls of `generate`, the prompt included, in one process; the models take turns call by call, in another order each
 round, so that whatever else the machine does falls on all of them alike. In each round a model generates twice: first after
-everything kept has been dropped, then again. The adapters are fresh (their update is zero), which makes no difference to the work.
+everything kept has been dropped, then again. The adapters are fresh (their update is zero), which costs the same.
 Appends a row for each way and batch size to results/decoding.jsonl and prints the table.
 """
 
