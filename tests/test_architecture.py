@@ -78,6 +78,7 @@ ORDER = [
     "abba_cli.ui.steps",
     "abba_cli.terminal",
     "abba_cli.commands",
+    "abba_cli.commands.options",
     "abba_cli.commands.export",
     "abba_cli.commands.generate",
     "abba_cli.commands.importing",

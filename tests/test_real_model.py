@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from abba_cli import load_recipe, train
 from abba_cli.bases import dequantised, find_base, package_folder
 from abba_cli.events import Evaluated, Event
+from abba_cli.merging import merge
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -57,5 +58,13 @@ def test_the_quickstart_recipe_learns(tmp_path: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(run.path)("Tom has 3 pens.", return_tensors="pt").input_ids
     with torch.no_grad():
         adapted = model(tokens).logits
-        merged = model.merge_and_unload()(tokens).logits
-    torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3)
+    merged = merge([run.path], dtype="float32")
+    assert merged.path.resolve() == run.path.with_name("run-merged").resolve()
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(merged.path)(tokens).logits
+    torch.testing.assert_close(found, adapted, rtol=1e-3, atol=1e-3)
+    smaller = merge([run.path], output=tmp_path / "bfloat16")
+    assert smaller.verification is not None
+    assert smaller.verification.rounded_alike is not None
+    assert smaller.verification.rounded_alike < 1e-4 < smaller.verification.difference
+    assert smaller.verification.agreement > 0.9

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from abba_cli.commands.options import BaseOption, ForceOption, OverwriteOption, PushOption, RevisionOption
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
 
@@ -56,16 +57,14 @@ def export(
         int | None,
         typer.Option(help="For lora and gguf-lora: the best approximation of this rank, instead of the exact rank r1*r2."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base, where it is not the recorded one; needs --force then.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base.")] = None,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
     llama_cpp: Annotated[
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for gguf.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the output.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Take a base that is not the recorded one.")] = False,
-    push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository (private if it is new).")
-    ] = None,
+    overwrite: OverwriteOption = False,
+    force: ForceOption = False,
+    push: PushOption = None,
 ) -> None:
     """Write a trained adapter in the format of another program."""
     quiet_libraries()

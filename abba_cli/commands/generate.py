@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abba_cli.commands.options import Dtype, ForceOption
 from abba_cli.errors import DataError
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
     from abba_cli.formats import Message
     from abba_cli.generating import Answer, Sampling
     from abba_cli.speakers import Source, Speaker
-
-
-class DtypeName(StrEnum):
-    """Data types that `--dtype` takes."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class QuantizationName(StrEnum):
@@ -51,9 +44,8 @@ BaseOption = Annotated[
     str | None, typer.Option("--base", help="The base, in place of the recorded one; with --model, what --compare compares with.")
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the base or of --model.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Take a base that is not the one the adapter was trained on.")]
 DtypeOption = Annotated[
-    DtypeName | None, typer.Option("--dtype", help="Data type of the weights.", show_default="the checkpoint's or the training's")
+    Dtype | None, typer.Option("--dtype", help="Data type of the weights.", show_default="the checkpoint's or the training's")
 ]
 QuantizationOption = Annotated[QuantizationName, typer.Option("--quantization", help="Quantise the weights while loading.")]
 TemplateOption = Annotated[

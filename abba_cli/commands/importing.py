@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from abba_cli.commands.options import OverwriteOption
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
 
@@ -17,7 +18,7 @@ def import_(
         str, typer.Option("--base", metavar="MODEL", help="The model it was trained on: hub id or directory.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the adapter goes.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that abba has made.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Turn an adapter of another program into an ABBA adapter: the same update, in a directory of ours."""
     quiet_libraries()

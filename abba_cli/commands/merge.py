@@ -7,15 +7,8 @@ from typing import Annotated
 
 import typer
 
+from abba_cli.commands.options import BaseOption, Dtype, ForceOption, OverwriteOption, PushOption, RevisionOption
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
-
-
-class Dtype(enum.StrEnum):
-    """Types of a checkpoint's weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class BasePrecision(enum.StrEnum):
@@ -44,8 +37,8 @@ def merge(
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of each adapter's update, one for each --adapter; 1 by default.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base, where it is not the recorded one; needs --force then.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base.")] = None,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
     output: Annotated[Path | None, typer.Option(help="The new directory; by default ADAPTER-merged.")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type of the merged weights; by default each tensor keeps the base's own.")
@@ -64,11 +57,9 @@ def merge(
             help="Compare the result with base + adapter on a few prompts; by default where both fit into memory.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge in the output.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Take a base that is not the recorded one.")] = False,
-    push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the result to this hub repository (private if it is new).")
-    ] = None,
+    overwrite: OverwriteOption = False,
+    force: ForceOption = False,
+    push: PushOption = None,
 ) -> None:
     """Merge adapters into their base: a plain checkpoint that needs nothing of ours."""
     limit = None if shard_size is None else read_size(shard_size)

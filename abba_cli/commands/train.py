@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from abba_cli.commands.options import PushOption
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
 
@@ -18,9 +19,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check recipe, data and adapter and estimate memory, without reading the weights."),
     ] = False,
-    push: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the finished run to this hub repository (private if it is new).")
-    ] = None,
+    push: PushOption = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over in an output directory that holds a run; that run is lost.")
     ] = False,
