@@ -11,6 +11,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from abba_cli.bases import Base
 from abba_cli.checkpoint import copy_small_files, write_header
 from abba_cli.disk import write_atomically
 from abba_cli.events import Listener, Stage, Wrote, ignore
@@ -93,7 +94,14 @@ def merge(
         write_card(plan, partial, output.name)
         if verify is not False:
             verification, reason = verify_merge(
-                plan.adapters, plan.base, partial, plan.dtypes, plan.parameters, plan.quantised, verify, listen
+                plan.adapters,
+                Base(str(plan.checkpoint.folder)),
+                partial,
+                plan.dtypes,
+                plan.parameters,
+                plan.quantised,
+                verify,
+                listen,
             )
         else:
             verification, reason = None, "switched off"

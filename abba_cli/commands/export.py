@@ -66,7 +66,7 @@ def export(
     force: ForceOption = False,
     push: PushOption = None,
 ) -> None:
-    """Write a trained adapter in the format of another program."""
+    """Write an adapter in another program's format."""
     quiet_libraries()
     from abba_cli.exporting import export as run
     from abba_cli.pushing import check_push

@@ -20,7 +20,7 @@ def import_(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the adapter goes.", show_default=False)],
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Turn an adapter of another program into an ABBA adapter: the same update, in a directory of ours."""
+    """Make an ABBA adapter of another program's. It is the same update, in a directory of ours."""
     quiet_libraries()
     from abba_cli.bases import find_base
     from abba_cli.foreign import read_foreign

@@ -61,7 +61,7 @@ def merge(
     force: ForceOption = False,
     push: PushOption = None,
 ) -> None:
-    """Merge adapters into their base: a plain checkpoint that needs nothing of ours."""
+    """Merge adapters into their base. The result is a plain checkpoint that needs nothing of ours."""
     limit = None if shard_size is None else read_size(shard_size)
     quiet_libraries()
     from abba_cli.merging import merge as run

@@ -13,7 +13,7 @@ def push(
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there.", show_default=False)],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; it is private otherwise.")] = False,
 ) -> None:
-    """Upload a directory to the hub, with the token in the environment variable HF_TOKEN."""
+    """Upload a directory to the hub. The token is taken from the environment variable HF_TOKEN."""
     quiet_libraries()
     from abba_cli.pushing import push as run
     from abba_cli.ui.steps import StepsDisplay, show_pushed

@@ -24,7 +24,7 @@ def train(
         bool, typer.Option("--restart", help="Start over in an output directory that holds a run; that run is lost.")
     ] = False,
 ) -> None:
-    """Train an adapter from a recipe, or go on with the run in its output directory."""
+    """Train an adapter from a recipe. A run that is in its output directory already is gone on with."""
     from abba_cli.recipe_file import load_recipe
 
     read = load_recipe(recipe, overrides or [])

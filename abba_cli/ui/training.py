@@ -222,6 +222,7 @@ def show_summary(console: Console, event: Finished) -> None:
         kept = f", the best, after step {outcome.used_step}" if outcome.used_step != outcome.steps else ""
         console.print(f"  evaluation loss {before}{outcome.eval_loss:.4f}{kept}")
     console.print(f"  adapter, metrics, loss.png and model card in [bold]{path}[/]")
+    console.print(f"  next: abba chat --adapter {path}, abba merge --adapter {path}", highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
