@@ -169,23 +169,22 @@ def plan_tensors(
             "another layout than the model. Write it once with transformers' from_pretrained and save_pretrained, and name "
             "that with --base and --force"
         )
-    parameter_of = {tensor.name: parameter for parameter, tensor in stored.items() if parameter in names.values()}
     layers = quantised_layers(model) if quantised else {}
     files = {id(adapter): read_file(adapter.path / ADAPTER_FILES[1])[0] for adapter, _ in adapters if adapter.whole}
     result = []
     for name, source, parameter in [
-        *((name, source, parameter_of.get(name, name)) for name, source in checkpoint.tensors.items()),
+        *((name, source, names.get(name, name)) for name, source in checkpoint.tensors.items()),
         *((parameter, source, parameter) for parameter, source in stored.items() if parameter not in names.values()),
     ]:
         layer = parameter.removesuffix(".weight")
-        floating = source.dtype in DTYPES
+        floating = source.dtype in DTYPES or parameter in changed  # a changed one has to be; if it is not, that is an error
         updates = [(adapter, weight) for adapter, weight in adapters if layer in adapter.layers and parameter != layer]
         result.append(
             OutTensor(
                 name=name,
                 parameter=parameter,
                 source=source,
-                dtype=(dtype or DTYPES[source.dtype]) if floating else None,
+                dtype=(dtype or source.torch_dtype) if floating else None,
                 updates=updates,
                 kind="transposed" if layers.get(layer) else kinds.get(layer, "linear"),
                 whole=[
@@ -196,8 +195,6 @@ def plan_tensors(
                 quantised=quantised if layer in layers and parameter != layer else None,
             )
         )
-        if result[-1].changed:
-            _ = source.torch_dtype  # an error if it is stored quantised
     return result
 
 
@@ -212,9 +209,6 @@ def parameter_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, 
     Hub checkpoints may leave out or add the base model's prefix (GPT-2's `h.0...` is `transformer.h.0...`), or have older names
     that transformers renames while loading.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     known = model.state_dict()
     prefix = model.base_model_prefix
     names = {}
@@ -227,6 +221,10 @@ def parameter_names(stored: Iterable[str], model: PreTrainedModel) -> dict[str, 
         else:
             left.append(name)
     if left:
+        # Not before it is needed: these names came with transformers 5 and may move.
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
         conversions = get_model_conversion_mapping(model)
         renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in conversions if isinstance(one, WeightConverter)]
