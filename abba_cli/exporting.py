@@ -23,7 +23,7 @@ from abba_cli.export.own import write_abba
 from abba_cli.loading import load_config, load_tokenizer
 from abba_cli.merge.plan import plan_merge
 from abba_cli.merging import default_output, write_merged
-from abba_cli.outputs import check_output, new_directory
+from abba_cli.outputs import check_output, new_directory, place, write_card
 from abba_cli.recipe import ModelSection
 from abba_cli.recorded_base import LayerKind, fit, resolve_base
 from abba_cli.saved_adapter import SavedAdapter, find_adapter, open_adapter
@@ -41,6 +41,7 @@ class Exported:
 
     Args:
         path: The directory.
+        adapter: The folder of the adapter.
         format: As asked for.
         files: Name and size in bytes of what is in it.
         dtype: Of the numbers.
@@ -48,9 +49,11 @@ class Exported:
         lora: More of a PEFT LoRA.
         converter: What wrote a GGUF model.
         modelfile: The Modelfile beside it.
+        template: The prompt template of the training, for a GGUF model, where it is known.
     """
 
     path: Path
+    adapter: str
     format: Format
     files: Mapping[str, int]
     dtype: str | None
@@ -58,6 +61,7 @@ class Exported:
     lora: LoraReport | None = None
     converter: str | None = None
     modelfile: ModelfileReport | None = None
+    template: str | None = None
 
 
 def export(
@@ -96,9 +100,11 @@ def export(
     _check_options(format, dtype, rank, llama_cpp)
     listen(Stage("Reading adapter and base"))
     folder = find_adapter(str(adapter))
-    output = output or _default_output(adapter, folder, format)
-    check_output(output, overwrite)
+    output = place(output or _default_output(adapter, folder, format))
+    check_output(output, overwrite, command="export", sources=[folder])
     saved = open_adapter(folder)
+    if rank is not None and rank > exact_rank(saved):
+        raise ModelError(f"--rank {rank} is above {exact_rank(saved)}, at which the LoRA is exact; leave --rank out")
     if format == "gguf":
         return _export_gguf(saved, output, dtype or "float16", base, revision, llama_cpp, overwrite, force, listen)
     config, kinds = (None, {}) if format == "abba" else _on_base(saved, base, revision, force)
@@ -113,7 +119,7 @@ def export(
 
     written = None
     record = {"command": "export", "format": format, "adapter": str(folder)}
-    with new_directory(output, overwrite, record) as partial:
+    with new_directory(output, overwrite, record, [folder]) as partial:
         if format == "abba":
             write_abba(saved, partial, dtype)  # type: ignore[arg-type]
         elif format == "loha":
@@ -129,6 +135,7 @@ def export(
         _write_card(partial, output.name, saved, format)
     return Exported(
         output,
+        str(folder),
         format,
         _sizes(output),
         dtype if format == "abba" else number,
@@ -194,7 +201,7 @@ def _export_gguf(
     tokenizer = load_tokenizer(Base(str(plan.checkpoint.folder)), section)
     template = run_template(saved, tokenizer)
     record = {"command": "export", "format": "gguf", "adapter": str(saved.path), "base": plan.base.location}
-    with new_directory(output, overwrite, record) as partial:
+    with new_directory(output, overwrite, record, [saved.path, plan.checkpoint.folder]) as partial:
         merged = partial / ".merged"
         merged.mkdir()
         write_merged(plan, merged, listen)
@@ -204,7 +211,10 @@ def _export_gguf(
         shutil.rmtree(merged)
         modelfile = write_modelfile(partial, file.name, template, adds_bos(file))
         _write_card(partial, output.name, saved, "gguf")
-    return Exported(output, "gguf", _sizes(output), dtype, converter=str(converter), modelfile=modelfile)
+    found = _sizes(output)
+    return Exported(
+        output, str(saved.path), "gguf", found, dtype, converter=str(converter), modelfile=modelfile, template=saved.template
+    )
 
 
 def _convert(merged: Path, file: Path, outtype: Outtype, converter: Converter, name: str, listen: Listener) -> None:
@@ -216,13 +226,10 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _write_card(folder: Path, name: str, saved: SavedAdapter, format: Format) -> None:
-    """Write README.md, the card that the hub shows."""
     base = saved.config.base_model_name_or_path
-    hub = base is not None and not Path(base).is_absolute()
-    library = {"gguf": "gguf", "gguf-lora": "gguf"}.get(format, "peft")
-    head = ["---", *([f"base_model: {base}"] if hub else []), f"library_name: {library}", f"tags: [abba, {format}]", "---"]
+    known = Path(base).name if base and Path(base).is_absolute() else base or "its base"
     text = (
-        f"`{saved.path.name}`, an ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for "
-        f"`{base if hub else Path(base or 'its base').name}`, exported as {format} by `abba export`."
+        f"`{saved.path.name}`, an ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for `{known}`, exported as "
+        f"{format} by `abba export`."
     )
-    write_atomically(folder / "README.md", "\n".join([*head, "", f"# {name}", "", text, ""]))
+    write_card(folder, name, base, "gguf" if format.startswith("gguf") else "peft", ["abba", format], text)

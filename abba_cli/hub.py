@@ -35,11 +35,13 @@ def explain(what: str, page: str = "", doing: str = "load") -> Iterator[None]:
         yield
     except AbbaError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, EOFError, HfHubHTTPError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if (reason := reason_for(error, page)) is None:
-            if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            if not isinstance(error, _EXPECTED) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if doing != "load" and reason == _UNREACHABLE:
+            reason = "the hub cannot be reached; check the network"
         raise ModelError(f"cannot {doing} {what}: {reason}") from error
 
 
@@ -68,13 +70,17 @@ def reason_for(error: BaseException, page: str) -> str | None:
         return _PICKLE if ".bin" in text or "model.safetensors" in text else None
     for cause in _chain(error):
         offline = isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError))
-        if offline or type(cause).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError"):
-            return "the hub cannot be reached and it is not in the local cache; check the network, or name a local directory"
+        # Of the hub's HTTP client, whose package has another name in every generation.
+        if offline or type(cause).__name__ in _TRANSPORT:
+            return _UNREACHABLE
     if "couldn't connect to" in text or "We couldn't connect" in text:
-        return "the hub cannot be reached and it is not in the local cache; check the network, or name a local directory"
+        return _UNREACHABLE
     return None
 
 
+_EXPECTED = (OSError, ValueError, KeyError, ImportError, EOFError, HfHubHTTPError, SafetensorError, RuntimeError)
+_TRANSPORT = ("ConnectError", "ConnectTimeout", "ProxyError", "ReadError", "ReadTimeout", "WriteError", "WriteTimeout")
+_UNREACHABLE = "the hub cannot be reached and it is not in the local cache; check the network, or name a local directory"
 _PICKLE = (
     "it has no safetensors weights; pickled weights (.bin) can run code and are not read. Convert them once with "
     "`AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(DIR)` if you trust them, and name DIR"

@@ -19,7 +19,7 @@ from abba_cli.bases import Base
 from abba_cli.errors import ModelError
 from abba_cli.foreign import ForeignAdapter, ForeignLayer, read_foreign
 from abba_cli.loading import load_config, skeleton
-from abba_cli.outputs import new_directory
+from abba_cli.outputs import new_directory, place, write_card
 from abba_cli.recipe import ModelSection
 from abba_cli.recorded_base import fit
 from abba_cli.rundir import ADAPTER_FILES
@@ -59,10 +59,14 @@ def write_imported(foreign: ForeignAdapter, base: Base, output: Path, overwrite:
             tensors[f"{_PREFIX}{name}.abba_{letter}"] = factor.to(torch.promote_types(factor.dtype, torch.float32)).contiguous()
     config = _config(foreign, base, layers, modules)
     record = {"command": "import", "source": str(foreign.path), "format": foreign.format, "base": base.location}
-    with new_directory(output, overwrite, record) as folder:
+    output = place(output)
+    with new_directory(output, overwrite, record, [foreign.path]) as folder:
         config.save_pretrained(str(folder))
         save_file({**tensors, **foreign.whole}, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
         fit(open_adapter(folder), settings)
+        paper = "[arXiv 2505.14238](https://arxiv.org/abs/2505.14238)"
+        text = f"An ABBA adapter ({paper}), made of one in {foreign.format} by `abba import`."
+        write_card(folder, output.name, base.location, "peft", ["abba", "peft"], text)
     return open_adapter(output)
 
 

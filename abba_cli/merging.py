@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from abba_cli.events import Listener, Stage, Wrote, ignore
 from abba_cli.memory import peak_process_memory
 from abba_cli.merge.plan import BasePrecision, MergePlan, plan_merge
 from abba_cli.merge.verifying import Verification, verify_merge
-from abba_cli.outputs import check_output, new_directory
+from abba_cli.outputs import check_output, new_directory, place, write_card
 from abba_cli.saved_adapter import find_adapter
 
 
@@ -28,6 +28,10 @@ class Merged:
 
     Args:
         path: The checkpoint.
+        adapters: Their folders and weights.
+        base: Where the base was read from.
+        quantization: What the base was rounded to and back; None for the original.
+        template: The prompt template of the first adapter's training, where it is known.
         layers: Adapted layers.
         tensors: Tensors written; `copied` of them byte for byte.
         size: Bytes written.
@@ -38,6 +42,10 @@ class Merged:
     """
 
     path: Path
+    adapters: Sequence[tuple[str, float]]
+    base: str
+    quantization: str | None
+    template: str | None
     layers: int
     tensors: int
     copied: int
@@ -85,13 +93,14 @@ def merge(
     """
     listen(Stage("Reading adapter and base"))
     folders = [find_adapter(str(adapter)) for adapter in adapters]
-    output = output or default_output(adapters, folders)
-    check_output(output, overwrite)
+    output = place(output or default_output(adapters, folders))
+    check_output(output, overwrite, command="merge", sources=folders)
     plan = plan_merge(folders, weights, base, revision, dtype, base_precision, shard_bytes, force)
     check_output(output, overwrite, plan.size + 50_000_000)
-    with new_directory(output, overwrite, describe(plan)) as partial:
+    sources = [*folders, plan.checkpoint.folder]
+    with new_directory(output, overwrite, describe(plan), sources) as partial:
         report = write_merged(plan, partial, listen)
-        write_card(plan, partial, output.name)
+        _write_card(plan, partial, output.name)
         if verify is not False:
             verification, reason = verify_merge(
                 plan.adapters,
@@ -105,7 +114,7 @@ def merge(
             )
         else:
             verification, reason = None, "switched off"
-    return Merged(output, *_counts(plan), report.size, report.seconds, report.peak_memory_bytes, verification, reason)
+    return replace(report, path=output, verification=verification, unverified=reason)
 
 
 def default_output(adapters: Sequence[str | Path], folders: Sequence[Path]) -> Path:
@@ -147,7 +156,19 @@ def write_merged(plan: MergePlan, folder: Path, listen: Listener = ignore) -> Me
         write_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
     copy_small_files(plan.checkpoint.folder, folder)
     _adjust_config(plan, folder / "config.json")
-    return Merged(folder, layers, total, copied, size, time.monotonic() - start, peak_process_memory())
+    return Merged(
+        path=folder,
+        adapters=[(str(adapter.path), weight) for adapter, weight in plan.adapters],
+        base=plan.base.location,
+        quantization=None if plan.quantised is None else plan.quantised.quantization,
+        template=plan.adapters[0][0].template,
+        layers=layers,
+        tensors=total,
+        copied=copied,
+        size=size,
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_process_memory(),
+    )
 
 
 def _adjust_config(plan: MergePlan, file: Path) -> None:
@@ -174,28 +195,17 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "base": plan.base.location,
         "revision": plan.base.revision,
         "base_precision": "original" if plan.quantised is None else "dequantized",
+        "template": plan.adapters[0][0].template,
         "adapters": [{"path": str(adapter.path), "weight": weight} for adapter, weight in plan.adapters],
     }
 
 
-def write_card(plan: MergePlan, folder: Path, name: str) -> None:
-    """Write README.md, the model card."""
-    hub = not Path(plan.base.location).is_absolute()
-    lines = [
-        "---",
-        *([f"base_model: {plan.base.location}"] if hub else []),
-        "library_name: transformers",
-        "tags: [abba, merge]",
-        "---",
-    ]
+def _write_card(plan: MergePlan, folder: Path, name: str) -> None:
+    base = plan.base.location
     merged = " + ".join(f"{weight:g} * `{adapter.path.name}`" for adapter, weight in plan.adapters)
-    lines += [
-        "",
-        f"# {name}",
-        "",
-        f"`{plan.base.location if hub else Path(plan.base.location).name}` with {merged} merged into its weights "
-        "(ABBA adapters, [arXiv 2505.14238](https://arxiv.org/abs/2505.14238)). A plain checkpoint: "
-        "`AutoModelForCausalLM.from_pretrained` needs nothing else.",
-        "",
-    ]
-    write_atomically(folder / "README.md", "\n".join(lines))
+    text = (
+        f"`{Path(base).name if Path(base).is_absolute() else base}` with {merged} merged into its weights (ABBA adapters, "
+        "[arXiv 2505.14238](https://arxiv.org/abs/2505.14238)). A plain checkpoint: `AutoModelForCausalLM.from_pretrained` needs "
+        "nothing else."
+    )
+    write_card(folder, name, base, "transformers", ["abba", "merge"], text)

@@ -12,7 +12,7 @@ from abba_cli.hub import explain
 
 TOKEN = "HF_TOKEN"
 # States to go on from are of no use to anyone else, and many times the adapter's size.
-LEFT_OUT = ["checkpoints/*", ".*", "*/.*", "*.partial"]
+LEFT_OUT = ["checkpoints/*", "samples.jsonl", "abba.json", ".*", "*/.*", "*.partial"]
 _UPLOADABLE = ("adapter_config.json", "config.json", "*.gguf")
 
 

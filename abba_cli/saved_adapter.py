@@ -70,6 +70,11 @@ class SavedAdapter:
         run = RunDir(above if is_checkpoint else self.path)
         return run if run.is_run else None
 
+    @property
+    def template(self) -> str | None:
+        """Name of the prompt template that it was trained with, or None where no recipe came along."""
+        return self.run.recipe().data.template if self.run and self.run.recipe_file.is_file() else None
+
     def provenance(self) -> dict[str, Any]:
         """What the run recorded about itself, or {} for an adapter that came without."""
         return self.run.provenance() if self.run else {}
@@ -131,7 +136,7 @@ def open_adapter(path: Path) -> SavedAdapter:
     Raises:
         ModelError: It is of another method, a tensor is missing, has another shape than its partners, or holds NaN or infinity.
     """
-    with explain(f"adapter {path}"):
+    with explain(str(path / ADAPTER_FILES[0])):
         settings = json.loads((path / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
         method = settings.get("peft_type") if isinstance(settings, dict) else None
         if method != "ABBA":

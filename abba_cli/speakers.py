@@ -12,6 +12,7 @@ from abba_cli.bases import Base, find_base
 from abba_cli.errors import DataError, ModelError
 from abba_cli.hub import explain, no_progress_bars
 from abba_cli.loading import load_config, load_model, load_tokenizer
+from abba_cli.outputs import read_record
 from abba_cli.prompts import NAMED_LAYOUTS, Template, load_template
 from abba_cli.recipe import ModelSection
 from abba_cli.recorded_base import fit, recorded_base, resolve_base
@@ -116,9 +117,7 @@ def run_template(adapter: SavedAdapter, tokenizer: PreTrainedTokenizerBase, aske
     Raises:
         DataError: The template is unknown, is gone, or does not fit the tokenizer.
     """
-    run = adapter.run
-    known = run.recipe().data.template if run and run.recipe_file.is_file() else None
-    return _template(asked or known, tokenizer, asked=asked is not None)
+    return _template(asked or adapter.template, tokenizer, asked=asked is not None)
 
 
 def _load_plain(source: Source, compare: bool) -> list[Speaker]:
@@ -136,7 +135,8 @@ def _load_plain(source: Source, compare: bool) -> list[Speaker]:
         section = _section(source, source.dtype or _known_dtype(stored, otherwise="float32"))
         if template is None:  # both are given the same tokens
             tokenizer = load_tokenizer(base, section)
-            template = _template(source.template, tokenizer, asked=source.template is not None)
+            named = source.template or read_record(folder).get("template")
+            template = _template(named, tokenizer, asked=source.template is not None)
         model = load_model(base, section)
         model.eval()  # type: ignore[no-untyped-call]
         embeddings: Any = model.get_input_embeddings()

@@ -38,6 +38,7 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every retry
     # Notices to developers, such as peft 0.21.2 asking transformers 5.23 for a name that version 6 will drop.
     warnings.filterwarnings("ignore", category=FutureWarning)
     # bitsandbytes 0.50 tells everyone with a CPU that an optional kernel package is missing.

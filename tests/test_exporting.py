@@ -76,6 +76,8 @@ def test_options_that_do_not_go_together(adapter: Path) -> None:
         export(adapter, "loha", rank=4)
     with pytest.raises(ModelError, match="--rank is 0; expected 1 or more"):
         export(adapter, "lora", rank=0)
+    with pytest.raises(ModelError, match="--rank 7 is above 6, at which the LoRA is exact; leave --rank out"):
+        export(adapter, "lora", rank=7)
     with pytest.raises(ModelError, match="--llama-cpp goes with gguf, not with lora"):
         export(adapter, "lora", llama_cpp=adapter)
     with pytest.raises(ModelError, match="q8_0 goes with gguf, not with lora"):

@@ -17,6 +17,7 @@ from models import write_adapter, write_model
 from safetensors.torch import load_file, save_file
 
 from abba_cli.errors import ModelError, RunError
+from abba_cli.exporting import export
 from abba_cli.merge.plan import plan_merge
 from abba_cli.merge.verifying import verify_merge
 from abba_cli.merging import default_output, merge
@@ -200,6 +201,42 @@ def test_an_existing_output_is_kept(adapter: Path, base: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir() if "merged" in path.name) == ["adapter-merged"]
 
 
+def test_what_is_read_is_never_replaced(adapter: Path, base: Path, tmp_path: Path) -> None:
+    copy = export(adapter, "abba").path
+    earlier = merge([adapter], output=tmp_path / "parent" / "earlier", verify=False).path
+    for output in (copy, copy / ".." / copy.name):
+        with pytest.raises(RunError, match=r"is or holds .*, which is being read; choose another output"):
+            merge([copy], output=output, overwrite=True)
+    with pytest.raises(RunError, match=r"is or holds .*earlier, which is being read"):
+        merge([adapter], base=str(earlier), output=earlier, overwrite=True, force=True)
+    with pytest.raises(RunError, match="was written by `abba export`, so `abba merge` does not replace it"):
+        merge([adapter], output=copy, overwrite=True)
+    assert (copy / "adapter_model.safetensors").is_file()
+
+
+def test_home_and_links_in_an_output(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert merge([adapter], output=Path("~/there"), verify=False).path == tmp_path / "there"
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
+    for overwrite in (False, True):
+        merge([adapter], output=tmp_path / "link", overwrite=overwrite, verify=False)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "target" / "model.safetensors").is_file()
+    assert not list(tmp_path.rglob(".*.old"))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(weight: float, adapter: Path) -> None:
+    with pytest.raises(ModelError, match=r"--weight is .*; expected numbers"):
+        merge([adapter], weights=[weight])
+
+
+def test_a_weight_that_breaks_the_model(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="gives logits that are no numbers, so nothing was written: the update is too large"):
+        merge([adapter], weights=[1e30])
+    assert not list(tmp_path.glob("*merged*"))
+
+
 def test_no_room_on_the_disk_is_found_first(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=40_000_000))
     with pytest.raises(RunError, match=r"needs \d+ MB, the disk has 40 MB free; make room"):
@@ -264,6 +301,8 @@ def test_an_interrupted_merge_leaves_nothing(tiny_llama: Path, tmp_path: Path) -
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell that started the tests in the background has it ignored, which is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         deadline = time.monotonic() + 120
         while not list((tmp_path / ".merged.partial").glob("*.safetensors")):
@@ -287,6 +326,7 @@ def test_the_command_says_what_it_did(adapter: Path, base: Path, tmp_path: Path)
     done = subprocess.run(command("--adapter", adapter), capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Merged 14 layers; 21 tensors (7 of them copied as they are)" in done.stdout
+    assert f"  {adapter} on {base}, in its original precision\n" in done.stdout
     assert "peak memory" in done.stdout
     assert "100% of the next tokens agree" in done.stdout
     assert "checkpoint in adapter-merged" in done.stdout
@@ -299,6 +339,7 @@ def test_the_command_says_what_it_did(adapter: Path, base: Path, tmp_path: Path)
         ((), 2, "Missing option '--adapter'"),
         (("--adapter", "nowhere/at/all"), 1, "abba: there is no directory nowhere/at/all"),
         (("--adapter", "x", "--shard-size", "5 bananas"), 2, "'5 bananas' is no size"),
+        (("--adapter", "x", "--shard-size", "5"), 2, "'5' is less than 1 MB"),
         (("--adapter", "x", "--dtype", "int4"), 2, "'int4' is not one of"),
     ],
 )

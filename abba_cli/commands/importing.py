@@ -25,11 +25,12 @@ def import_(
     from abba_cli.bases import find_base
     from abba_cli.foreign import read_foreign
     from abba_cli.importing import write_imported
-    from abba_cli.outputs import check_output
+    from abba_cli.outputs import check_output, place
     from abba_cli.recipe import ModelSection
 
     with interruptible("nothing was written"):
-        check_output(output, overwrite)
+        output = place(output)
+        check_output(output, overwrite, command="import", sources=[path])
         foreign = read_foreign(path)
         adapter = write_imported(foreign, find_base(ModelSection(name=base)), output, overwrite)
     ranks = sorted({(layer.r1, layer.r2) for layer in adapter.layers.values()})

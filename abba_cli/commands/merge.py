@@ -23,7 +23,10 @@ def read_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)b?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise typer.BadParameter(f"{text!r} is no size; expected something like 5GB or 500MB")
-    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
+    size = int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
+    if size < 10**6:
+        raise typer.BadParameter(f"{text!r} is less than 1 MB; expected something like 5GB or 500MB")
+    return size
 
 
 def merge(

@@ -1,8 +1,8 @@
 """A merge before it runs: adapters, base and checkpoint found to fit each other, and every tensor given its place."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,7 @@ class MergePlan:
     @property
     def parameters(self) -> int:
         """Numbers in the tensors that will be written."""
-        return sum(prod(tensor.source.shape) for shard in self.shards.values() for tensor in shard)
+        return sum(math.prod(tensor.source.shape) for shard in self.shards.values() for tensor in shard)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -71,6 +71,8 @@ def plan_merge(
     Raises:
         ModelError: Something does not fit.
     """
+    if any(not math.isfinite(weight) for weight in weights or ()):
+        raise ModelError(f"--weight is {', '.join(f'{weight:g}' for weight in weights or ())}; expected numbers")
     if weights and len(weights) != len(folders):
         raise ModelError(
             f"{len(folders)} adapters and {len(weights)} weights were given; expected one --weight for each --adapter"

@@ -85,8 +85,8 @@ class OutTensor:
         for block in self._blocks(device):
             if not block.isfinite().all():
                 raise ModelError(
-                    f"{self.name} is not finite in {str(self.dtype).removeprefix('torch.')} after the merge: too large for the "
-                    "type; choose --dtype bfloat16 or float32"
+                    f"{self.name} is not finite in {str(self.dtype).removeprefix('torch.')} after the merge: the sum is too "
+                    "large for the type; choose a wider --dtype, or look at --weight"
                 )
             write_tensor(stream, block)
 

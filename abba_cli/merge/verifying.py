@@ -99,6 +99,11 @@ def verify_merge(
         expected, alike, tokens = _reference(adapters, base, compute, quantised, dtypes)
         listen(Stage("Verifying: merged model"))
         found = _logits(_load(merged, compute, device), tokens)
+    if not bool(expected.isfinite().all() and found.isfinite().all()):
+        raise ModelError(
+            "base + adapter or the merged model gives logits that are no numbers, so nothing was written: the update is too "
+            "large; look at the adapter's training and at --weight"
+        )
     result = compare(expected, alike, found)
     decisive = result.difference if result.rounded_alike is None else result.rounded_alike
     if not decisive <= result.tolerance:
@@ -123,8 +128,6 @@ def compare(expected: torch.Tensor, alike: torch.Tensor | None, found: torch.Ten
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    if not bool(found.isfinite().all() and expected.isfinite().all()):
-        return float("inf")
     return float((found - expected).abs().max() / expected.std())
 
 

@@ -76,76 +76,97 @@ class StepsDisplay:
 
 def show_merged(console: Console, merged: Merged) -> None:
     """The closing lines of a merge."""
-    rate = merged.size / 1e9 / max(merged.seconds, 1e-9)
-    console.print(
+    rate = merged.size / 1e6 / max(merged.seconds, 1e-9)
+    _line(
+        console,
         f"[bold green]Merged[/] {merged.layers} layers; {merged.tensors} tensors ({merged.copied} of them copied as they are), "
-        f"{merged.size / 1e9:.2f} GB in {duration(merged.seconds)} ({rate:.1f} GB/s), "
-        f"peak memory {merged.peak_memory_bytes / 1e9:.1f} GB",
-        highlight=False,
-        soft_wrap=True,
+        f"{merged.size / 1e9:.2f} GB",
     )
+    _line(console, f"  {duration(merged.seconds)} ({rate:,.0f} MB/s), peak memory {merged.peak_memory_bytes / 1e9:.1f} GB")
+    several = len(merged.adapters) > 1 or merged.adapters[0][1] != 1.0
+    named = " + ".join(f"{weight:g} * {path}" if several else path for path, weight in merged.adapters)
+    precision = "in its original precision" if merged.quantization is None else f"rounded to {merged.quantization} and back"
+    _line(console, f"  {escape(named)} on {escape(merged.base)}, {precision}")
     check = merged.verification
-    if check is not None:
-        alike = "" if check.rounded_alike is None else f", {_percent(check.rounded_alike)} with the same rounding"
-        console.print(
-            f"  verified against base + adapter on {check.positions} positions: {check.agreement:.0%} of the next tokens agree; "
-            f"logits differ by at most {_percent(check.difference)} of their spread{alike} ({_percent(check.tolerance)} allowed)",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if check is None:
+        _line(console, f"  [yellow]not verified[/]: {escape(merged.unverified)}")
     else:
-        console.print(f"  [yellow]not verified[/]: {escape(merged.unverified)}", highlight=False, soft_wrap=True)
-    console.print(f"  checkpoint in [bold]{escape(str(merged.path))}[/]", highlight=False, soft_wrap=True)
+        allowed = f"{_percent(check.tolerance)} allowed"
+        if check.rounded_alike is None:
+            found = f"logits off by {_percent(check.difference)} of their spread ({allowed})"
+        else:
+            found = f"logits off by {_percent(check.rounded_alike)} of their spread ({allowed})"
+        _line(console, f"  verified against base + adapter, {check.positions} positions: {found}")
+        if check.rounded_alike is not None:
+            _line(console, f"  rounding the weights to the checkpoint's type moves logits by {_percent(check.difference)} of it")
+        _line(console, f"  {check.agreement:.0%} of the next tokens agree")
+    _show_template(console, merged.template)
+    _line(console, f"  checkpoint in [bold]{escape(str(merged.path))}[/]")
+
+
+def _show_template(console: Console, template: str | None) -> None:
+    """What a server cannot know: that its chat endpoint would lay prompts out in another way than the training did."""
+    if template not in (None, "chat"):
+        _line(
+            console,
+            f"  [yellow]trained with the template {escape(str(template))}[/]: a server's chat endpoint would use the base's chat "
+            "template; send it finished prompts (the completions endpoint)",
+        )
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g}%"
 
 
+def _line(console: Console, text: str) -> None:
+    """Print a line: wrapped between words on a terminal, whole elsewhere."""
+    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _command(console: Console, text: str) -> None:
+    """Print a line to be copied: never broken."""
+    console.print(f"  {escape(text)}", highlight=False, soft_wrap=True)
+
+
 def show_exported(console: Console, exported: Exported) -> None:
     """The closing lines of an export: what it is, what it lost, and what its servers need to be told."""
-    path = escape(str(exported.path))
     size = sum(exported.files.values())
     kind = f"{exported.format}, {exported.dtype or 'as stored'}" + (f", rank {exported.rank}" if exported.rank else "")
-    console.print(f"[bold green]Exported[/] {kind}: {size / 1e6:,.1f} MB in [bold]{path}[/]", highlight=False, soft_wrap=True)
+    _line(console, f"[bold green]Exported[/] {kind}: {size / 1e6:,.1f} MB in [bold]{escape(str(exported.path))}[/]")
+    _line(console, f"  from {escape(exported.adapter)}")
     if exported.lora is not None:
         _show_lora(console, exported.lora)
     if exported.format == "gguf-lora":
         name = next(name for name in exported.files if name.endswith(".gguf"))
-        console.print(f"  llama-server -m BASE.gguf --lora {path}/{escape(name)}", highlight=False, soft_wrap=True)
+        _command(console, f"llama-server -m BASE.gguf --lora {exported.path}/{name}")
     if exported.modelfile is not None:
         model = exported.modelfile
-        console.print(f"  written by {escape(str(exported.converter))}", highlight=False, soft_wrap=True)
-        stops = ", ".join(model.stops)
-        console.print(f"  Modelfile for Ollama, stops at {escape(stops)}", highlight=False, soft_wrap=True)
+        _line(console, f"  written by {escape(str(exported.converter))}")
+        _line(console, f"  Modelfile for Ollama, stops at {escape(', '.join(model.stops))}")
         if model.untemplated:
-            console.print(f"  [yellow]without a TEMPLATE[/]: {escape(model.untemplated)}", highlight=False, soft_wrap=True)
-        console.print(f"  ollama create {escape(exported.path.name)} -f {path}/Modelfile", highlight=False, soft_wrap=True)
+            _line(console, f"  [yellow]without a TEMPLATE[/]: {escape(model.untemplated)}")
+        _show_template(console, exported.template)
+        _command(console, f"ollama create {exported.path.name} -f {exported.path}/Modelfile")
 
 
 def _show_lora(console: Console, lora: LoraReport) -> None:
     if lora.error:
-        worst = sorted(lora.errors.items(), key=lambda item: -item[1])[:3]
-        console.print(
-            f"  relative error of the updates {lora.error:.3g} over all layers; largest: "
-            + ", ".join(f"{escape(name)} {error:.3g}" for name, error in worst)
-            + " (all of them in approximation_errors.json)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _line(console, f"  relative error of the updates {lora.error:.3g} over all layers; the largest:")
+        for name, error in sorted(lora.errors.items(), key=lambda item: -item[1])[:3]:
+            _line(console, f"    {error:.3g}  {escape(name)}")
+        _line(console, "  all of them are in approximation_errors.json")
     else:
-        console.print("  exact: the same function as the ABBA adapter")
+        _line(console, "  exact: the same function as the ABBA adapter")
     if lora.vllm_max_lora_rank is not None:
-        console.print(f"  vLLM needs --max-lora-rank {lora.vllm_max_lora_rank}", highlight=False, soft_wrap=True)
+        _line(console, f"  vLLM needs --max-lora-rank {lora.vllm_max_lora_rank}")
     else:
-        console.print(
+        _line(
+            console,
             f"  [yellow]vLLM serves ranks up to 512, this one has {lora.rank}[/]: give --rank 512 for the best approximation, "
             "or `abba merge`",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
 def show_pushed(console: Console, url: str) -> None:
     """Where an upload went."""
-    console.print(f"[bold green]Uploaded[/] to {escape(url)}", highlight=False, soft_wrap=True)
+    _line(console, f"[bold green]Uploaded[/] to {escape(url)}")
