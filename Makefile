@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 help:
 	@echo "make quickstart   install, fine-tune SmolLM2-135M on word problems, show accuracy before and after"
-	@echo "make test         the test suite (about 10 minutes on 2 cores)"
+	@echo "make test         the test suite (about 15 minutes on 2 cores)"
 	@echo "make test-all     the same and the slow tests"
 	@echo "make check        ruff, mypy --strict, generated docs up to date"
 	@echo "make docs         generate the recipe reference and the JSON schema"
