@@ -105,3 +105,16 @@ def test_a_missing_converter_is_found_before_the_merge(adapter: Path, tmp_path: 
     with pytest.raises(ModelError, match=r"converter is neither in .*converter nor on PATH.*\n  pip install"):
         export(adapter, "gguf")
     assert not list(tmp_path.glob("*gguf*"))
+
+
+def test_a_gguf_model_end_to_end(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "converter").symlink_to(Path(sys.prefix) / "converter")
+    monkeypatch.setenv("ABBA_CACHE", str(tmp_path / "cache"))
+    exported = export(adapter, "gguf", dtype="q8_0")
+    assert sorted(exported.files) == ["Modelfile", "README.md", "adapter-gguf.gguf"]
+    assert (exported.path / "adapter-gguf.gguf").read_bytes()[:4] == b"GGUF"
+    assert exported.modelfile is not None
+    assert exported.modelfile.untemplated is None
+    assert "FROM ./adapter-gguf.gguf\n" in (exported.path / "Modelfile").read_text()
+    assert not list(exported.path.glob(".*"))
