@@ -76,10 +76,10 @@ def _read(source: SourceSection) -> tuple[Rows, dict[str, str]]:
     """Return a source's rows of its split and the digests of its files."""
     path = _local_path(source.path)
     if path is None:
-        return _read_hub(source), {}
+        return read_hub(source), {}
     wanted = source.split.partition("[")[0]
     files = _files(path)
-    rows = {name: [row for file in group for row in _read_file(file)] for name, group in files.items() if name == wanted}
+    rows = {name: [row for file in group for row in read_file(file)] for name, group in files.items() if name == wanted}
     sizes = {name: len(rows.get(name, ())) for name in files}
     try:
         [part] = ReadInstruction.from_spec(source.split).to_absolute(sizes)
@@ -127,7 +127,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _read_file(path: Path) -> Rows:
+def read_file(path: Path) -> Rows:
     """Read one data file by its suffix; what is neither parquet, csv nor txt is taken for JSON."""
     try:
         if path.suffix == ".parquet":
@@ -178,7 +178,7 @@ def _parse_json(path: Path, text: str) -> Rows:
     return list(rows)
 
 
-def _read_hub(source: SourceSection) -> Rows:
+def read_hub(source: SourceSection) -> Rows:
     """Download a data set of the hub, quietly."""
     quiet = logging.getLogger("huggingface_hub")
     level, bars = quiet.level, datasets.are_progress_bars_disabled()
