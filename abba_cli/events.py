@@ -107,7 +107,26 @@ class Wrote:
     total_size: int
 
 
-Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Stopping | Finished | Wrote
+@dataclass(frozen=True)
+class Scored:
+    """Rows of a task so far: `done` of `total` (`reused` of them from an earlier evaluation), `correct` is the sum of scores."""
+
+    model: str
+    task: str
+    done: int
+    total: int
+    correct: float
+    reused: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark that should stay on the screen."""
+
+    text: str
+
+
+Event = Stage | Audited | Planned | Started | Stepped | Evaluated | Sampled | Saved | Stopping | Finished | Wrote | Scored | Note
 Listener = Callable[[Event], None]
 
 

@@ -58,12 +58,16 @@ class Speaker:
         model: The model, with the adapter on it if there is one.
         template: Lays a conversation out; holds the tokenizer.
         adapter_off: Answer with the adapter disabled: the base on the same weights.
+        saved: The adapter on disk, where there is one.
+        base: Hub id or path of its base.
     """
 
     label: str
     model: Any
     template: Template
     adapter_off: bool = False
+    saved: SavedAdapter | None = None
+    base: str | None = None
 
     @property
     def positions(self) -> int | None:
@@ -100,9 +104,10 @@ def load_for_generation(source: Source, compare: bool = False) -> list[Speaker]:
         tuned = PeftModel.from_pretrained(model, str(adapter.path)).eval()
     # A hub id stays as it was given; a folder of runs says which of them it is.
     local = source.adapter is None or Path(source.adapter).expanduser().is_dir()
-    speakers = [Speaker(str(adapter.path if local else source.adapter), tuned, template)]
+    name = record.name or base.location
+    speakers = [Speaker(str(adapter.path if local else source.adapter), tuned, template, saved=adapter, base=name)]
     if compare:
-        speakers.insert(0, Speaker(f"{record.name or base.location}, without the adapter", tuned, template, adapter_off=True))
+        speakers.insert(0, Speaker(f"{name}, without the adapter", tuned, template, adapter_off=True, base=name))
     return speakers
 
 
@@ -123,7 +128,7 @@ def run_template(adapter: SavedAdapter, tokenizer: PreTrainedTokenizerBase, aske
 def _load_plain(source: Source, compare: bool) -> list[Speaker]:
     assert source.model is not None
     if compare and source.base is None:
-        raise ModelError(f"--compare needs to know the base of {source.model}; name it with --base")
+        raise ModelError(f"to compare {source.model} with its base, name that with --base")
     speakers: list[Speaker] = []
     template: Template | None = None
     for name, revision in [(source.model, source.revision), *([(source.base, None)] if compare and source.base else [])]:
@@ -158,7 +163,7 @@ def _named_adapter(named: str | None) -> Path:
     except ModelError as error:
         reason = str(error) if RUNS.is_dir() else f"there is no folder {RUNS}/ here"
         raise ModelError(
-            f"nothing to talk to: {reason}; train with `abba train RECIPE`, or name one with --adapter or --model"
+            f"no model is named, and {reason}; train with `abba train RECIPE`, or name one with --adapter or --model"
         ) from None
 
 

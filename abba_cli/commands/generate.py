@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abba_cli.commands.options import Dtype, ForceOption
+from abba_cli.commands.options import Dtype, ForceOption, QuantizationName
 from abba_cli.errors import DataError
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
@@ -19,14 +18,6 @@ if TYPE_CHECKING:
     from abba_cli.formats import Message
     from abba_cli.generating import Answer, Sampling
     from abba_cli.speakers import Source, Speaker
-
-
-class QuantizationName(StrEnum):
-    """What `--quantization` takes."""
-
-    NONE = "none"
-    NF4 = "nf4"
-    INT8 = "int8"
 
 
 AdapterOption = Annotated[

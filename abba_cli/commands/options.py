@@ -14,6 +14,14 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
+class QuantizationName(enum.StrEnum):
+    """What `--quantization` takes."""
+
+    NONE = "none"
+    NF4 = "nf4"
+    INT8 = "int8"
+
+
 BaseOption = Annotated[str | None, typer.Option("--base", help="The base, where it is not the recorded one; needs --force then.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the base.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Take a base that is not the one the adapter was trained on.")]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abba_cli.errors import DataError
+from abba_cli.evaluation.grading import gold_of
 from abba_cli.evaluation.rows import TaskRows, read_rows
 from abba_cli.evaluation.tasks import Task
 from abba_cli.formats import Example, Message, Row, compile_template
-from abba_cli.prompts import LayoutTemplate, Template, encode_prompt, load_template
+from abba_cli.prompts import Template, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,15 @@ class Item:
         row: The source's own columns.
         asked: The task's prompt.
         continued: The text to continue, for models without a prompt template; None where the task has no such form.
-        gold: The right answer, as the source has it.
+        answer: The right answer, as the source has it.
+        gold: What of it is compared: the number after ####, the formula in the box.
     """
 
     number: int
     row: Row
     asked: str
     continued: str | None
+    answer: str
     gold: str
 
 
@@ -98,15 +101,13 @@ def ask(items: TaskItems, template: Template, paper: bool = False) -> list[Quest
     Args:
         items: The rows.
         template: The model's prompt template; holds the tokenizer.
-        paper: Use the paper's prompt in place of the template.
+        paper: The template is Alpaca's, and the paper's ending comes after it.
 
     Raises:
         DataError: The template refuses a conversation.
     """
     task = items.task
-    if paper:
-        template = load_template("alpaca", template.tokenizer)
-    plain = not paper and isinstance(template, LayoutTemplate) and template.name == "none"
+    plain = template.name == "none"
     earlier = [message for asked, said in items.shots for message in (Message("user", asked), Message("assistant", said))]
     questions = []
     for item in items.items:
@@ -138,15 +139,13 @@ def _items(task: Task, found: TaskRows, limit: int | None) -> tuple[list[Item], 
         if limit is not None and len(items) == limit:
             break
         try:
-            asked, gold = prompt(row), answer(row)
+            asked, right = prompt(row), answer(row)
+            if not asked.strip():
+                raise DataError("the prompt is empty")
             continued = completion(row) if completion else None
+            items.append(Item(len(items), row, asked, continued, right, gold_of(task, right)))
         except DataError as error:
             unreadable.append(f"{place}: {error}")
-            continue
-        if not asked.strip() or not gold.strip():
-            unreadable.append(f"{place}: the {'answer' if asked.strip() else 'prompt'} is empty")
-            continue
-        items.append(Item(len(items), row, asked, continued, gold))
     return items, unreadable
 
 
