@@ -146,8 +146,8 @@ def evaluate(
 
     paper_prompt = prompt == "paper"
     template = "alpaca" if paper_prompt else prompt
-    kind = None if dtype is None else dtype.value
-    source = Source(adapter or run, model, base, revision, force, kind, quantization.value, template)
+    named = adapter or run
+    source = Source(named, model, base, revision, force, None if dtype is None else dtype.value, quantization.value, template)
     options = EvaluationOptions(
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         protocol=protocol.value,

@@ -1,6 +1,5 @@
 """Code benchmarks: the program in an answer, the tests of a row, and pass@k."""
 
-import ast
 import re
 from collections.abc import Iterator, Mapping
 from math import comb
@@ -15,10 +14,15 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n", re.MULTILINE)
 _CLOSING = re.compile(r"^[ \t]*```", re.MULTILINE)
 _PYTHON = ("python", "python3", "py", "")
 _CODE_LINE = re.compile(
-    r"^[ \t]*((async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[(:]|@\w|import\s+\w|from\s+[\w.]+\s+import\s|return\b|yield\b|raise\b|pass\s*$|assert\s"
-    r"|(for|while|if|elif|with)\b.*:\s*(#.*)?$|(else|try|finally)\s*:|except\b.*:|[\w.]+(\[.*\])?\s*([+\-*/%|&^]|//|\*\*|>>|<<)?=[^=]|[\w.]+\(.*\)\s*$)",
+    r"^[ \t]*("
+    r"(async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[(:]|@\w|import\s+\w|from\s+[\w.]+\s+import\s"
+    r"|(return|yield|raise|assert)\b|(pass|break|continue)\s*$"
+    r"|(for|while|if|elif|with|except)\b.*:\s*(#.*)?$|(else|try|finally)\s*:"
+    r"|[\w.]+(\[.*\])?\s*([+\-*/%|&^]|//|\*\*|>>|<<)?=[^=]|[\w.]+\(.*\)\s*$"
+    r")",
     re.MULTILINE,
 )
+_DEFINITION = re.compile(r"^(?:async\s+)?(?:def|class)\s+(\w+)|^(\w+)\s*=[^=]", re.MULTILINE)
 
 
 def extract_code(response: str) -> str | None:
@@ -33,8 +37,8 @@ def extract_code(response: str) -> str | None:
     text = response.replace("\r\n", "\n").replace("\r", "\n")
     fences = list(_fences(text))
     complete = [(language, code) for language, code, closed in fences if closed]
-    for language, code in sorted(complete, key=lambda fence: not fence[0]):
-        return code
+    if complete:
+        return min(complete, key=lambda fence: not fence[0])[1]
     before = _CLOSING.split(text, maxsplit=1)[0]
     if fences and not _CODE_LINE.search(before):
         return fences[0][1]
@@ -114,12 +118,7 @@ def _fences(text: str) -> Iterator[tuple[str, str, bool]]:
 
 def _defined(code: str) -> set[str]:
     """Names that code defines at its top, or begins to, where it cannot be parsed."""
-    return set(re.findall(r"^(?:async\s+)?(?:def|class)\s+(\w+)|^(\w+)\s*=[^=]", code, re.MULTILINE) and _flat(code))
-
-
-def _flat(code: str) -> Iterator[str]:
-    for match in re.finditer(r"^(?:async\s+)?(?:def|class)\s+(\w+)|^(\w+)\s*=[^=]", code, re.MULTILINE):
-        yield match[1] or match[2]
+    return {match[1] or match[2] for match in _DEFINITION.finditer(code)}
 
 
 def _before(prompt: str, name: str) -> str:
@@ -144,7 +143,7 @@ def _longest_start(prompt: str, code: str) -> str:
 
 def _compiles(code: str) -> bool:
     try:
-        ast.parse(code)
+        compile(code, "<program>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

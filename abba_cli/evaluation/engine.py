@@ -175,7 +175,7 @@ def _completion(tokenizer: Any, request: Request, row: list[int], ends: Sequence
     return Completion(request.number, text, len(kept) + (end is not None), complete=end is not None or bool(found))
 
 
-class _StopTexts(StoppingCriteria):  # type: ignore[misc]
+class _StopTexts(StoppingCriteria):
     """Ends a row once a stop text stands in its answer, looked for every few steps."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
@@ -198,7 +198,7 @@ class _StopTexts(StoppingCriteria):  # type: ignore[misc]
 def _clean_defaults(model: Any) -> Iterator[None]:
     """Keep a checkpoint's own generation settings (a temperature, a repetition penalty) out of the answers."""
     own = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -1,9 +1,10 @@
 """The form in which two LaTeX answers are compared: spelling, spacing, units and delimiters that mean nothing are gone."""
 
 import re
+from collections.abc import Callable
 
 # Spelled otherwise, meaning the same. In order: later rules read what earlier ones wrote.
-_RULES = [
+_RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\! ?|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\(?:displaystyle|textstyle|limits|boldsymbol)(?![A-Za-z])", ""),
@@ -23,19 +24,11 @@ _RULES = [
 ]
 _UNICODE = str.maketrans(
     {
-        **{
-            "−": "-",
-            "–": "-",
-            "·": r"\cdot ",
-            "×": r"\times ",
-            "÷": "/",
-            "π": r"\pi ",
-            "∞": r"\infty ",
-            "±": r"\pm ",
-            "∪": r"\cup ",
-        },
-        **{"∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∈": r"\in ", "θ": r"\theta ", "∅": r"\emptyset "},
-        **{"²": "^2", "³": "^3", "\u00a0": " ", "\u2009": " ", "\u202f": " "},
+        **dict.fromkeys("\u2212\u2013", "-"),  # minus sign, en dash
+        **dict.fromkeys("\u00a0\u2009\u202f", " "),  # spaces that do not break, thin ones
+        **{"\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": "/", "\u00b1": r"\pm ", "\u00b2": "^2", "\u00b3": "^3"},
+        **{"\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2205": r"\emptyset ", "\u221e": r"\infty "},
+        **{"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\neq ", "\u03c0": r"\pi ", "\u03b8": r"\theta "},
     }
 )
 _UNIT = re.compile(r"(?<=\S) ?\\text\{[^{}]*\}(?: ?\^ ?(?:\d|\{ ?\d ?\}))?\Z")

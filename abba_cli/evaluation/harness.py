@@ -142,7 +142,9 @@ def _telling_of_cuts(asked: Any, notify: Callable[[Event], None]) -> Iterator[No
     def watch(record: logging.LogRecord) -> bool:
         if "truncat" in record.getMessage().lower() and not told:
             told.append(record.getMessage())
-            notify(Note(f"{asked.task}: prompts that are longer than the model's {asked.max_length:,} positions lose their start"))
+            notify(
+                Note(f"{asked.task}: prompts that are longer than the model's {asked.max_length:,} positions lose their start")
+            )
         return record.levelno >= logging.ERROR
 
     level = logger.level

@@ -111,7 +111,7 @@ def _folders(asked: str, built: str, subset: str | None) -> list[str]:
     """Folders in which a task's files may lie, the one to name in messages first."""
     known = KNOWN.get(asked) or next((one for one in KNOWN.values() if one.theirs in (asked, built)), None)
     names = list(known.folders) if known else []
-    if known and known.theirs != built:  # a part of a group: its files share the group's folder, each in one of its own
+    if known and known.theirs != built:  # a part of a group: a folder of its own in the group's
         return [*(f"{name}/{subset}" for name in names), built]
     names = list(dict.fromkeys([*names, built]))
     return names + [f"{name}/{subset}" for name in names if subset]

@@ -71,7 +71,9 @@ def scores_of(asked: str, found: dict[str, Any], loaded: dict[str, Any], came_fr
         score
         for name in loaded.get("groups", {})
         if name in grouped
-        for score in _of_group(asked if name == harness_name(asked) else name, loaded["groups"][name], found, single, name in inner)
+        for score in _of_group(
+            asked if name == harness_name(asked) else name, loaded["groups"][name], found, single, name in inner
+        )
     ]
     return of_groups + [score for scores in single.values() for score in scores]
 

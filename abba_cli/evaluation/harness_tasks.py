@@ -24,30 +24,30 @@ class Known:
 
     Attributes:
         theirs: Its name there.
-        homes: Folders of the harness's task files that hold it: reading these takes no time, reading all of them seconds.
         folders: Names of its folder under `--data-dir`.
         primary: The metric for tables; None is the first that the task lists.
+        homes: Folders of the harness's task files that hold it, where they are not called like it.
     """
 
     theirs: str
-    homes: tuple[str, ...]
     folders: tuple[str, ...]
     primary: str | None = None
+    homes: tuple[str, ...] = ()
 
 
 KNOWN = {
-    "boolq": Known("boolq", ("super_glue/boolq",), ("boolq", "commonsense/boolq")),
-    "piqa": Known("piqa", ("piqa",), ("piqa", "commonsense/piqa"), "acc_norm"),
-    "siqa": Known("social_iqa", ("siqa",), ("social_i_qa", "siqa", "commonsense/social_i_qa")),
-    "hellaswag": Known("hellaswag", ("hellaswag",), ("hellaswag", "commonsense/hellaswag"), "acc_norm"),
-    "winogrande": Known("winogrande", ("winogrande",), ("winogrande", "commonsense/winogrande")),
-    "arc_e": Known("arc_easy", ("arc",), ("ARC-Easy", "arc_e", "commonsense/ARC-Easy"), "acc"),
-    "arc_c": Known("arc_challenge", ("arc",), ("ARC-Challenge", "arc_c", "commonsense/ARC-Challenge"), "acc_norm"),
-    "obqa": Known("openbookqa", ("openbookqa",), ("openbookqa", "obqa", "commonsense/openbookqa"), "acc_norm"),
-    "gsm8k": Known("gsm8k", ("gsm8k",), ("gsm8k", "arithmetic/gsm8k")),
+    "boolq": Known("boolq", ("boolq", "commonsense/boolq"), homes=("super_glue/boolq",)),
+    "piqa": Known("piqa", ("piqa", "commonsense/piqa"), "acc_norm"),
+    "siqa": Known("social_iqa", ("social_i_qa", "siqa", "commonsense/social_i_qa"), homes=("siqa",)),
+    "hellaswag": Known("hellaswag", ("hellaswag", "commonsense/hellaswag"), "acc_norm"),
+    "winogrande": Known("winogrande", ("winogrande", "commonsense/winogrande")),
+    "arc_e": Known("arc_easy", ("ARC-Easy", "arc_e", "commonsense/ARC-Easy"), "acc"),
+    "arc_c": Known("arc_challenge", ("ARC-Challenge", "arc_c", "commonsense/ARC-Challenge"), "acc_norm"),
+    "obqa": Known("openbookqa", ("openbookqa", "obqa", "commonsense/openbookqa"), "acc_norm"),
+    "gsm8k": Known("gsm8k", ("gsm8k", "arithmetic/gsm8k")),
     # The harness has hendrycks_math, too: without examples, and right only where the whole answer is the bare result.
-    "math": Known("minerva_math", ("benchmarks", "minerva_math"), ("math", "arithmetic/math")),
-    "math500": Known("minerva_math500", ("minerva_math",), ("math500", "arithmetic/math500")),
+    "math": Known("minerva_math", ("math", "arithmetic/math"), homes=("benchmarks", "minerva_math")),
+    "math500": Known("minerva_math500", ("math500", "arithmetic/math500")),
 }
 _CODE = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus")
 _INSTALL = "the protocol `harness` needs lm-evaluation-harness; install it with `pip install 'abba-cli[harness]'`"
@@ -100,34 +100,26 @@ def primary_metric(theirs: str) -> str | None:
 
 
 def task_manager(tasks: Sequence[str]) -> "TaskManager":
-    """The harness's own list of tasks, as far as these need it."""
-    homes: dict[str, None] = {}
+    """The harness's own list of tasks: all of it takes many seconds to read, so only the part that these need, if it can be told."""
+    names: list[str] = []
     for task in tasks:
-        if is_file(task):
-            if "group" in _read_file(Path(task).expanduser()):
-                return _manager(None)
-            continue
-        known = next((one for one in KNOWN.values() if one.theirs == harness_name(task)), None)
-        if known is None:
-            return _manager(None)
-        homes |= dict.fromkeys(known.homes)
-    some = _manager(tuple(homes))
-    # Should another version keep them elsewhere, all are read.
-    return some if all(is_file(task) or harness_name(task) in some.task_index for task in tasks) else _manager(None)
+        config = _read_file(Path(task).expanduser()) if is_file(task) else {}
+        names += _members(config) if is_file(task) else [harness_name(task)]
+    homes = dict.fromkeys(home for name in names for home in _homes(name))
+    part = _manager(tuple(homes))
+    return part if all(_complete(part.task_index, name) for name in names) else _manager(None)
 
 
 def leaves(index: Mapping[str, Any], name: str) -> list[str]:
     """The single tasks that a task, group or tag of the harness stands for."""
     entry = index.get(name)
-    if entry is None:  # a group may define tasks of its own on the spot
+    if entry is None:  # a group may define a task on the spot
         return []
-    if entry.tags and entry.kind.name == "TAG":
+    if entry.kind.name == "TAG":
         return sorted(one for one in entry.tags if one in index)
-    members = (entry.cfg or {}).get("task")
-    if entry.kind.name != "GROUP" or not isinstance(members, list):
+    if entry.kind.name != "GROUP":
         return [name]
-    names = [one if isinstance(one, str) else one.get("task", one.get("group")) for one in members]
-    return [leaf for one in names if isinstance(one, str) and one != name for leaf in leaves(index, one)]
+    return [leaf for one in _members(entry.cfg) if one != name for leaf in leaves(index, one)]
 
 
 @contextmanager
@@ -144,16 +136,46 @@ def quiet_harness() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _members(config: Mapping[str, Any]) -> list[str]:
+    """The names under `task` of a group's file; none for a task's."""
+    listed = config.get("task")
+    if not isinstance(listed, list):
+        return []
+    return [str(one.get("task", one.get("group")) if isinstance(one, dict) else one) for one in listed]
+
+
+def _homes(name: str) -> tuple[str, ...]:
+    """Folders of task files that are likely to hold a task or group: arc_easy is in arc."""
+    if known := next((one for one in KNOWN.values() if one.theirs == name and one.homes), None):
+        return known.homes
+    words = name.split("_")
+    beginnings = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+    return tuple(one for one in beginnings if (_root() / one).is_dir())[:1]
+
+
+def _complete(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of the list has all of a task or group; of a tag that cannot be known."""
+    entry = index.get(name)
+    if entry is None or entry.kind.name == "TAG":
+        return False
+    return entry.kind.name != "GROUP" or all(one != name and _complete(index, one) for one in _members(entry.cfg))
+
+
+def _root() -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
 @cache
 def _manager(homes: tuple[str, ...] | None) -> "TaskManager":
-    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
 
-    root = Path(lm_eval.tasks.__file__).parent
     with quiet_harness():
         if homes is None:
-            return lm_eval.tasks.TaskManager()
-        folders = [str(root / home) for home in homes if (root / home).is_dir()]
-        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+            return TaskManager()
+        folders = [str(_root() / home) for home in homes if (_root() / home).is_dir()]
+        return TaskManager(include_defaults=False, include_path=folders)
 
 
 class _Loader(yaml.SafeLoader):

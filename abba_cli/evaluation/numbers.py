@@ -1,9 +1,9 @@
 """Numbers in answers: found in any common notation, and compared exactly.
 
-What is a number: 1,234,567 and 1 234 567, -5 and - 5 after a mark, .5, 3/4, 1 1/2, ½, \\frac{3}{4}, 1.2e-3, 1.2 × 10^3, digits of any
-script; with currency, units, per cent signs, Markdown and LaTeX around them, which are dropped (50% is 50, not 0.5).
-What is none: words, dates, times and ratios (3:30), version numbers, powers (5^2), exponents and subscripts, digits inside a word
-(x2, answer1), NaN, infinity, 1/0, and exponents beyond 9999. A comma that does not group by three separates numbers: 1,2 is a list.
+What is a number: 1,234,567 and 1 234 567, -5 and (after a mark) - 5, .5, 3/4, 1 1/2, ½, \\frac{3}{4}, 1.2e-3, 1.2 x 10^3, digits of
+any script; with currency, units, per cent signs, Markdown and LaTeX around them, which are dropped (50% is 50, not 0.5).
+What is none: words, dates, times and ratios (3:30), version numbers, powers (5^2), exponents and subscripts, digits inside a
+word (x2, answer1), NaN, infinity, 1/0, exponents beyond 9999. A comma that does not group by three separates: 1,2 is a list.
 """
 
 import re
@@ -34,7 +34,8 @@ def find_number(response: str) -> Prediction:
     """Return the number that a response answers with, in plain notation ("-1234.5", "3/4").
 
     After the last mark that a number follows, `The answer is:` or `####`, it is the number that an equation ends with
-    ("3 + 4 = 7" is 7), else the first number of the sentence ("5. Therefore 6 apples" is 5). Without a mark it is the last number.
+    ("3 + 4 = 7" is 7), else the first number of the sentence ("5. Therefore 6 apples" is 5). Without a mark it is the last
+    number of all.
     """
     text = plain_notation(own_part(response))
     marks = sorted([*ANSWER_IS.finditer(text), *HASHES.finditer(text)], key=lambda mark: mark.start())
@@ -45,10 +46,8 @@ def find_number(response: str) -> Prediction:
         if answer is not None:
             return Prediction(answer)
         end = mark.start()
-    last = None
-    for last in numbers_in(text):
-        pass
-    return Prediction(last.text if last else None, marked=False)
+    numbers = list(numbers_in(text))
+    return Prediction(numbers[-1].text if numbers else None, marked=False)
 
 
 def gold_number(answer: str) -> str:
@@ -81,7 +80,7 @@ _NUMBER = re.compile(
             r"(?P<whole>\d{1,9})(?: and)? (?P<part>[1-9]\d{0,8})/(?P<parts>[1-9]\d{0,8})(?![\d/]|[.,:]\d)",
             r"(?P<spaced>[1-9]\d{0,2}(?: \d{3}(?!\d|[,:]\d))++(?:\.\d++)?)",
             rf"(?P<top>{_PLAIN}) ?/ ?\$?(?P<bottom>{_PLAIN})",
-            rf"(?P<plain>{_PLAIN})(?: ?(?:×|\\times|\*|x) ?10\^\{{?(?P<power>[+-]?\d{{1,4}})(?!\d)\}}?)?",
+            rf"(?P<plain>{_PLAIN})(?: ?(?:\\times|\*|x) ?10\^\{{?(?P<power>[+-]?\d{{1,4}})(?!\d)\}}?)?",
         ]
     )
 )
@@ -124,7 +123,11 @@ def plain_notation(text: str) -> str:
 
 
 _CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "﹣": "-", "－": "-", "⁄": "/", "\u00a0": " ", "\u2007": " ", "\u2009": " ", "\u202f": " ", "＄": "$"}
+    {
+        **dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-"),  # minus sign, en dash, small and full-width hyphen
+        **dict.fromkeys("\u00a0\u2007\u2009\u202f", " "),  # spaces that do not break, thin ones
+        **{"\u2044": "/", "\u00d7": "x", "\uff04": "$"},  # fraction slash, multiplication sign, full-width dollar
+    }
 )
 _VULGAR = re.compile("(?P<digit>[0-9])?(?P<fraction>[¼½¾⅐-⅞])")
 _LATEX = [
@@ -142,7 +145,7 @@ _LATEX = [
 
 
 def _vulgar_fraction(match: re.Match[str]) -> str:
-    fraction = unicodedata.normalize("NFKC", match["fraction"]).replace("⁄", "/")
+    fraction = unicodedata.normalize("NFKC", match["fraction"]).replace("\u2044", "/")
     return f"{match['digit']} {fraction}" if match["digit"] else fraction
 
 

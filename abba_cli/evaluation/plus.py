@@ -1,4 +1,4 @@
-"""EvalPlus rows: their own tests, from the hub's form (a ready `test`) or the releases' (inputs and a reference to agree with)."""
+"""EvalPlus rows: their own tests, from the hub's form (a ready `test`) or the releases' (inputs and a reference)."""
 
 import json
 import re
@@ -30,8 +30,8 @@ def plus_tests(row: Mapping[str, Any]) -> str:
     holes = [column for column in _RELEASE if row.get(column) is None]
     if holes:
         raise DataError(
-            f"EvalPlus row {row.get('task_id')}: found no column test (the hub's form) and none of {', '.join(holes)} (the form of "
-            "the releases' JSON lines); expected one of the two"
+            f"EvalPlus row {row.get('task_id')}: found neither the column test (the hub's form) nor {', '.join(holes)} "
+            "(the form of the releases' JSON lines); expected one of the two"
         )
     name = row["entry_point"]
     values = {

@@ -44,14 +44,15 @@ def agree(function: Callable[..., Any], task_id: str, name: str, reference: str,
 def agrees(name: str, arguments: list[Any], answer: Any, expected: Any, tolerance: float) -> bool:
     """Whether an answer is right."""
     if name == "find_zero":  # HumanEval/32: any root will do
-        return abs(sum(factor * math.pow(answer, power) for power, factor in enumerate(arguments[0]))) <= tolerance
+        value: float = sum(factor * math.pow(answer, power) for power, factor in enumerate(arguments[0]))
+        return abs(value) <= tolerance
     if name == "are_equivalent":  # Mbpp/164: its reference is doubtful, and EvalPlus takes every answer
         return True
     if name in _AS_SETS:
         return set(answer) == set(expected)
     if name in _PRESENCE:
         found = expected is not None
-        return answer == found if isinstance(answer, bool) else (answer is not None) == found
+        return (answer if isinstance(answer, bool) else answer is not None) == found
     if name == "sum_div" and answer == 0:
         return True
     if name == "surface_Area" and abs(answer - _surface_by_height(*arguments)) <= tolerance:

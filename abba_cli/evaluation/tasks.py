@@ -179,5 +179,5 @@ def _problem(item: Any, tree: dict[str, Any], text: str, path: Path) -> str:
             f"did you mean {close[0]}?" if close else f"expected one of {', '.join(fields)}"
         )
     if item["type"] == "value_error":
-        return f"{place}: {item['ctx']['error']}"
+        return f"{place}: {key + ': ' if key else ''}{item['ctx']['error']}"
     return f"{place}: {key} is {str(item['input'])[:60]!r}: {item['msg']}"

@@ -111,7 +111,7 @@ def _troubles(result: TaskResult) -> list[str]:
         (result.extraction_failures, "without an answer, scored 0"),
         (result.unmarked, "read as the last number"),
         (result.disagreements, f"judged otherwise by {other} rules"),
-        (result.unreadable_rows, "unreadable rows, not in n"),
+        (result.unreadable_rows, "not readable and not in n"),
     )
     return [f"{count:,} {what}" for count, what in counts if count]
 

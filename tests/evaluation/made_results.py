@@ -1,9 +1,14 @@
-"""Results of evaluations that never took place, with numbers that are known."""
+"""Results of evaluations that never took place, with numbers that are known, and a reader of the tables made of them."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+from markdown_it import MarkdownIt
+
 from abba_cli.evaluation.results import Difference, Example, ModelRecord, Results, TaskResult, write_results
+
+PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 
 
 def scored(task: str, value: float, model: str = "tuned", **fields: Any) -> TaskResult:
@@ -58,12 +63,24 @@ def model(label: str = "tuned", role: str = "model", **fields: Any) -> ModelReco
 def evaluation(*results: TaskResult, models: tuple[ModelRecord, ...] | None = None) -> Results:
     """All of results.json; the models that are not given are named by the results."""
     models = models or tuple(model(label) for label in dict.fromkeys(one.model for one in results))
-    return Results(
-        abba="1.2.3", created="2026-11-22T10:00:00+00:00", seconds=60.0, settings={}, models=models, results=results
-    )
+    return Results(abba="1.2.3", created="2026-11-22T10:00:00+00:00", seconds=60.0, settings={}, models=models, results=results)
 
 
 def written(folder: Path, results: Results) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder, results)
     return folder
+
+
+def cells_of(markdown: str) -> list[list[str]]:
+    """The text of every cell of the only table."""
+    rows: list[list[str]] = []
+    tokens = PARSER.parse(markdown)
+    assert sum(token.type == "table_open" for token in tokens) == 1
+    for token, content in itertools.pairwise(tokens):
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type in ("th_open", "td_open"):
+            assert not {child.type for child in content.children or []} - {"text", "text_special", "strong_open", "strong_close"}
+            rows[-1].append("".join(child.content for child in content.children or []))
+    return rows

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_results import beside, evaluation, model, scored, written
+from made_results import PARSER, beside, cells_of, evaluation, model, scored, written
 from matplotlib.image import imread
 from rich.console import Console
-from test_tables import PARSER, cells_of
 
 from abba_cli.errors import DataError, RunError
 from abba_cli.evaluation.chart import comparison_png
@@ -27,9 +26,7 @@ def labels(comparison: Comparison) -> list[str]:
 
 def values(comparison: Comparison, label: str) -> dict[str, float]:
     row = next(row for row in comparison.rows if row.label == label)
-    return {
-        column.heading: cell.value for column, cell in zip(comparison.columns, row.cells, strict=True) if cell is not None
-    }
+    return {column.heading: cell.value for column, cell in zip(comparison.columns, row.cells, strict=True) if cell is not None}
 
 
 def best(comparison: Comparison) -> dict[str, set[str]]:
@@ -117,9 +114,7 @@ def test_other_templates_are_named_rather_than_hashes(tmp_path: Path) -> None:
         tasks = [scored(task, 0.5, name, prompt_hash=f"{template} {task}") for task in ("boolq", "piqa")]
         written(tmp_path / name, evaluation(*tasks, models=(model(name, template=template),)))
     (note,) = compare([tmp_path / "A", tmp_path / "B"]).notes
-    assert note == (
-        "(!) piqa, boolq: not comparable, so no best is marked; different prompt template (alpaca: A; chat: B)"
-    )
+    assert note == ("(!) piqa, boolq: not comparable, so no best is marked; different prompt template (alpaca: A; chat: B)")
 
 
 def test_protocols_never_share_a_column(tmp_path: Path) -> None:
@@ -171,7 +166,9 @@ def test_a_baseline_that_came_out_otherwise_is_told_of(tmp_path: Path) -> None:
     comparison = compare([written(tmp_path / "A", tuned("A", 0.5)), written(tmp_path / "B", tuned("B", 0.6, base=0.41))])
     assert labels(comparison) == ["A", "base", "B"]
     assert values(comparison, "base")["piqa"] == 0.4
-    assert comparison.notes[0] == "base, boolq: 40.00 in A is shown; the same prompts gave 41.00 in B"
+    assert set(comparison.notes) == {
+        f"base, {task}: 40.00 in A is shown; the same prompts gave 41.00 in B" for task in ("boolq", "piqa")
+    }
 
 
 def test_equal_labels_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -187,9 +184,9 @@ def test_equal_labels_are_told_apart_by_their_folders(tmp_path: Path) -> None:
 
 
 def test_equal_labels_in_one_folder_are_numbered(tmp_path: Path) -> None:
-    for name in ("results.json", "older.json"):
-        written(tmp_path, evaluation(scored("boolq", len(name) / 100)))
-        (tmp_path / "results.json").rename(tmp_path / name)
+    written(tmp_path, evaluation(scored("boolq", 0.1)))
+    (tmp_path / "results.json").rename(tmp_path / "older.json")
+    written(tmp_path, evaluation(scored("boolq", 0.2)))
     comparison = compare([tmp_path / "results.json", tmp_path / "older.json"])
     assert labels(comparison) == [f"tuned ({tmp_path.name}) #1", f"tuned ({tmp_path.name}) #2"]
 
@@ -219,9 +216,10 @@ def test_an_average_of_what_cannot_be_compared_has_no_best(tmp_path: Path) -> No
     written(tmp_path / "b", evaluation(*eight("B", 0.6)[:-1], scored("boolq", 0.6, "B", n=9)))
     written(tmp_path / "c", evaluation(scored("boolq", 0.9, "C", n=9)))
     assert best(compare([tmp_path / "a", tmp_path / "b"]))["average"] == set()
-    assert "(!) average: not comparable, so no best is marked; its tasks are not (boolq)" in compare(
-        [tmp_path / "a", tmp_path / "b"]
-    ).notes
+    assert (
+        "(!) average: not comparable, so no best is marked; its tasks are not (boolq)"
+        in compare([tmp_path / "a", tmp_path / "b"]).notes
+    )
     # A model that has no average does not spoil it.
     written(tmp_path / "b", evaluation(*eight("B", 0.6)))
     assert best(compare([tmp_path / "a", tmp_path / "b", tmp_path / "c"]))["average"] == {"B"}
@@ -293,5 +291,5 @@ def test_every_model_has_its_colour_in_the_picture(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write to .*chart.png"):
+    with pytest.raises(RunError, match=r"cannot write to .*chart\.png"):
         comparison_png(made(1, TASK_ORDER[:1]), tmp_path / "file" / "chart.png")

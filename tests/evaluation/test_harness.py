@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness_rows import arc_rows, gsm8k_rows, load_speaker, settings, write_rows
+from harness_rows import arc_rows, gsm8k_rows, load_speaker, settings, write_rows, write_tokenizer
 from models import write_adapter, write_model
 from peft import PeftModel
 
@@ -20,12 +20,13 @@ from abba_cli.evaluation.harness import HarnessScore, score_with_harness
 from abba_cli.events import Event, Note, Stage
 from abba_cli.speakers import Speaker
 
-ROWS = 36
+ROWS = 60
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "llama", tiny_llama)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    return write_model(folder / "llama", write_tokenizer(folder / "tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_another_tokenizer_is_another_model(speaker: Speaker, data: Path, tmp_pa
     score_with_harness(speaker, ["arc_c"], **settings(tmp_path, data, limit=4))
     asked.clear()
     other = copy.deepcopy(speaker)
-    other.template.tokenizer.add_special_tokens({"bos_token": "<|im_end|>"})
+    other.template.tokenizer.add_special_tokens({"bos_token": "<|eos|>"})
     score_with_harness(other, ["arc_c"], **settings(tmp_path, data, limit=4))
     assert len(asked) == 16
 
@@ -193,7 +194,9 @@ def test_out_of_memory_halves_the_batch(
     assert len(asked) == len({(str(arguments)) for _, arguments in asked}), "answers that were there are not computed again"
 
 
-def test_what_is_told_and_what_is_printed(speaker: Speaker, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_told_and_what_is_printed(
+    speaker: Speaker, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     events: list[Event] = []
     score_with_harness(speaker, ["arc_c", "gsm8k"], **settings(tmp_path, data, notify=events.append, limit=2))
     stages = [event for event in events if isinstance(event, Stage)]
@@ -204,8 +207,8 @@ def test_what_is_told_and_what_is_printed(speaker: Speaker, data: Path, tmp_path
     assert capsys.readouterr() == ("", "")
 
 
-def test_prompts_that_do_not_fit_are_told_of(tmp_path: Path, tiny_llama: Path, data: Path) -> None:
-    short = load_speaker(write_model(tmp_path / "short", tiny_llama, max_position_embeddings=24))
+def test_prompts_that_do_not_fit_are_told_of(tmp_path: Path, model: Path, data: Path) -> None:
+    short = load_speaker(write_model(tmp_path / "short", model, max_position_embeddings=24))
     events: list[Event] = []
     score_with_harness(short, ["arc_c"], **settings(tmp_path / "cache", data, notify=events.append, limit=2))
     assert [event.text for event in events if isinstance(event, Note)] == [
@@ -217,10 +220,10 @@ def test_prompts_that_do_not_fit_are_told_of(tmp_path: Path, tiny_llama: Path, d
 
 def test_chat_template(speaker: Speaker, data: Path, tmp_path: Path) -> None:
     chatting = copy.deepcopy(speaker)
-    chatting.template.tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}{% endfor %}"
+    chatting.template.tokenizer.chat_template = "{% for m in messages %}<|bos|>{{ m.role }}: {{ m.content }}{% endfor %}"
     given = settings(tmp_path, data, chat_template=True, limit=2)
     score = score_with_harness(chatting, ["gsm8k"], **given)[0]
-    assert score.examples[0].prompt.startswith("<|im_start|>user: Question: ")
+    assert score.examples[0].prompt.startswith("<|bos|>user: Question: ")
     chatting.template.tokenizer.chat_template = None
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         score_with_harness(chatting, ["gsm8k"], **given)

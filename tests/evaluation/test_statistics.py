@@ -132,7 +132,9 @@ def test_mcnemar_is_twice_the_binomial_tail(better: int, worse: int) -> None:
 
 def enumerated(scores: list[float], baseline: list[float]) -> float:
     """Every choice of signs, in exact fractions."""
-    differences = [Fraction(a).limit_denominator(10**6) - Fraction(b).limit_denominator(10**6) for a, b in zip(scores, baseline, strict=True)]
+    differences = [
+        Fraction(a).limit_denominator(10**6) - Fraction(b).limit_denominator(10**6) for a, b in zip(scores, baseline, strict=True)
+    ]
     found = abs(sum(differences))
     choices = list(itertools.product((1, -1), repeat=len(differences)))
     far = sum(abs(sum(sign * one for sign, one in zip(signs, differences, strict=True))) >= found for signs in choices)

@@ -6,8 +6,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_results import beside, evaluation, model, scored
-from markdown_it import MarkdownIt
+from made_results import beside, cells_of, evaluation, model, scored
 from rich.console import Console
 
 from abba_cli.evaluation.results import Results
@@ -21,22 +20,7 @@ from abba_cli.evaluation.tables import (
     results_table,
 )
 
-PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 BASELINE = model("base", role="baseline")
-
-
-def cells_of(markdown: str) -> list[list[str]]:
-    """The text of every cell of the only table."""
-    rows: list[list[str]] = []
-    tokens = PARSER.parse(markdown)
-    assert sum(token.type == "table_open" for token in tokens) == 1
-    for token, content in zip(tokens, tokens[1:], strict=False):
-        if token.type == "tr_open":
-            rows.append([])
-        elif token.type in ("th_open", "td_open"):
-            assert not {child.type for child in content.children or []} - {"text", "text_special", "strong_open", "strong_close"}
-            rows[-1].append("".join(child.content for child in content.children or []))
-    return rows
 
 
 def drawn(results: Results, width: int = 80) -> list[str]:
@@ -129,9 +113,7 @@ def test_seven_of_eight_have_no_average(missing: str) -> None:
 
 def test_protocols_have_averages_of_their_own() -> None:
     both = [
-        scored(task, value, protocol=protocol)
-        for protocol, value in (("harness", 0.25), ("paper", 0.75))
-        for task in COMMONSENSE
+        scored(task, value, protocol=protocol) for protocol, value in (("harness", 0.25), ("paper", 0.75)) for task in COMMONSENSE
     ]
     rows = cells_of(results_markdown(evaluation(*both)))[1:]
     assert [row[:2] + row[3:4] for row in rows if row[0].startswith("average")] == [
@@ -185,7 +167,9 @@ def test_only_a_baseline() -> None:
 
 def test_the_caption_says_how_the_numbers_came_about() -> None:
     results = evaluation(
-        scored("boolq", 0.5, shots=5, sampling="temperature 0.1", grader="released", unreadable_rows=2, difference=beside(0.4, 0.5)),
+        scored(
+            "boolq", 0.5, shots=5, sampling="temperature 0.1", grader="released", unreadable_rows=2, difference=beside(0.4, 0.5)
+        ),
         models=(model(template="chat"), BASELINE),
     )
     caption = results_markdown(results).split("\n\n")[1]

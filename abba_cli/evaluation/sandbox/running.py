@@ -17,7 +17,7 @@ from abba_cli.evaluation.sandbox.contract import Limits, Verdict
 from abba_cli.evaluation.sandbox.jails import Jailed, end, start
 from abba_cli.evaluation.sandbox.protections import missing_protections
 
-_MOST_REPORT_BYTES = 1 << 16
+_START_SECONDS = 60  # to be shut in; the program's own clock starts afterwards
 
 
 def run_tests(program: str, tests: str, *, weaker: bool = False, limits: Limits = Limits()) -> Verdict:  # noqa: B008
@@ -54,18 +54,17 @@ def run_tests(program: str, tests: str, *, weaker: bool = False, limits: Limits 
             os.close(write_report)
             for one in ends:
                 one.close()
-        return _verdict(_read(report, time.monotonic() + limits.wall_seconds), tested, limits)
-
-
-def _verdict(report: dict[str, Any] | None, tested: subprocess.Popen[bytes], limits: Limits) -> Verdict:
-    if report is None:
-        return Verdict(False, f"timed out after {limits.wall_seconds:g} s")
-    if report.get("missing"):
-        raise _refusal(tuple(report["missing"]))
-    reason = str(report.get("reason", "the tests' own process ended, by a limit of memory or CPU time"))
-    if report.get("gone"):
-        reason = _why_gone(tested, reason)
-    return Verdict(report.get("passed") is True, reason)
+        readiness = _message(report, _START_SECONDS)
+        if not readiness or readiness["missing"]:
+            raise _refusal(tuple((readiness or {}).get("missing", ("a process to be shut in (it did not start)",))))
+        found = _message(report, limits.wall_seconds)
+        if found is None:
+            return Verdict(False, f"timed out after {limits.wall_seconds:g} s")
+        if found.get("gone"):
+            return Verdict(False, _why_gone(tested, found["reason"]))
+        return Verdict(
+            found.get("passed") is True, found.get("reason", "the tests' own process ended, by a limit of memory or CPU time")
+        )
 
 
 def _why_gone(tested: subprocess.Popen[bytes], reason: str) -> str:
@@ -80,20 +79,21 @@ def _why_gone(tested: subprocess.Popen[bytes], reason: str) -> str:
     return reason if signal_number <= 0 else f"crashed with signal {signal_number}"
 
 
-def _read(report: int, deadline: float) -> dict[str, Any] | None:
-    """The report; empty if the process ended without one, None if the time ran out."""
+def _message(report: int, seconds: float) -> dict[str, Any] | None:
+    """The next line of the report; empty if the process ended without one, None if the time ran out."""
+    deadline = time.monotonic() + seconds
     ready = select.poll()
     ready.register(report, select.POLLIN)
-    text = b""
-    while b"\n" not in text and len(text) < _MOST_REPORT_BYTES:
+    line = b""
+    while not line.endswith(b"\n"):
         if not ready.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return None
-        part = os.read(report, _MOST_REPORT_BYTES)
-        if not part:
+        byte = os.read(report, 1)
+        if not byte:
             return {}
-        text += part
-    found: dict[str, Any] = json.loads(text)
-    return found
+        line += byte
+    message: dict[str, Any] = json.loads(line)
+    return message
 
 
 @contextmanager
@@ -105,6 +105,6 @@ def _home() -> Iterator[str]:
 
 def _refusal(missing: tuple[str, ...]) -> RunError:
     return RunError(
-        f"this machine does not give the sandbox all of its protections; missing: {'; '.join(missing)}. Run on a Linux where they "
-        "are there, or accept the others alone with `--sandbox weaker`"
+        f"this machine does not give the sandbox all of its protections; missing: {'; '.join(missing)}. Run on a Linux where "
+        "they are there, or accept the others alone with `--sandbox weaker`"
     )

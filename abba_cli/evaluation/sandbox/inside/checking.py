@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import symtable
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +29,7 @@ def check(tests: str, link: Link) -> dict[str, Any]:
     except BaseException as error:
         return {"passed": False, "reason": _named(error)}
     try:
-        tree = ast.parse(tests, _FILE)
-        exec(compile(tree, _FILE, "exec", dont_inherit=True), {"__name__": "tests", **_names(tree, program)})
+        exec(compile(tests, _FILE, "exec", dont_inherit=True), {"__name__": "tests", **_names(tests, program)})
     except ProgramLeft:
         return {"passed": False, "reason": LEFT}
     except BaseException as error:
@@ -40,22 +40,34 @@ def check(tests: str, link: Link) -> dict[str, Any]:
     return {"passed": True, "reason": "passed"}
 
 
-def _names(tree: ast.Module, program: Program) -> Mapping[str, Any]:
+def _names(tests: str, program: Program) -> Mapping[str, Any]:
     """The program's names that the tests use.
 
     A program must not put its own `set` or `abs` under a test that says `set(f(1)) == {2}`. So a built-in name is the program's
     only where the tests use no other of its names: then it is what they test.
     """
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    shared = used & program.names
+    shared = _free_names(symtable.symtable(tests, _FILE, "exec")) & {name for name in program.names if not name.startswith("__")}
     own = {name for name in shared if not hasattr(builtins, name)} or shared
     return {name: program.named(name) for name in sorted(own)}
+
+
+def _free_names(module: symtable.SymbolTable) -> set[str]:
+    """Global names that the tests read and do not define themselves."""
+    own = {one.get_name() for one in module.get_symbols() if one.is_assigned() or one.is_imported()}
+    read, tables = set(), [module]
+    while tables:
+        table = tables.pop()
+        tables.extend(table.get_children())
+        read |= {one.get_name() for one in table.get_symbols() if one.is_referenced() and one.is_global()}
+    return read - own
 
 
 def _where(error: BaseException, tests: str) -> str:
     lines = [frame.lineno or 0 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _FILE]
     try:
-        asserts = sorted((node.lineno, node.end_lineno or 0) for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Assert))
+        asserts = sorted(
+            (node.lineno, node.end_lineno or 0) for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Assert)
+        )
     except SyntaxError:
         return f"the tests: {_named(error)}"
     for line in reversed(lines):

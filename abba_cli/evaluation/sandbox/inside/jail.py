@@ -7,6 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from . import call_filter, kernel, private_root
 
@@ -48,7 +49,7 @@ def enter(visible: Sequence[str], bounds: Bounds, keep: Sequence[int]) -> list[s
     user = os.getuid()
     alone = False
     if linux:
-        kernel.die_with_parent()
+        steps.take("end with the parent", kernel.die_with_parent)
         _be_first_out_of_memory()
         if user:
             steps.take("user namespace", lambda: _own_user_namespace(user, os.getgid()))
@@ -62,8 +63,8 @@ def enter(visible: Sequence[str], bounds: Bounds, keep: Sequence[int]) -> list[s
             steps.take("private file system", lambda: private_root.enter(visible, bounds.file_bytes, spare))
         if not user:
             steps.take("user of its own", lambda: _become(spare))
+            steps.take("end with the parent", kernel.die_with_parent)  # a change of user has taken it back
         steps.take("dropped capabilities", kernel.drop_capabilities)
-        kernel.die_with_parent()
     else:
         steps.refuse("namespaces, private file system, filter of system calls", f"only on Linux, and this is {sys.platform}")
     _close_all_but(keep)
@@ -73,7 +74,7 @@ def enter(visible: Sequence[str], bounds: Bounds, keep: Sequence[int]) -> list[s
     if linux:
         steps.take("no new rights", kernel.forbid_new_rights)
         steps.take("filter of system calls", call_filter.install)
-    return steps.failures
+    return list(dict.fromkeys(steps.failures))
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _become(user: int) -> None:
 
 def _close_all_but(keep: Sequence[int]) -> None:
     edges = [2, *sorted(keep), _MOST_DESCRIPTORS]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         os.closerange(low + 1, high)
 
 

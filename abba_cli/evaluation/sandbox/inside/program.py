@@ -82,7 +82,7 @@ def _answer(request: Any, module: ModuleType, objects: _Objects, link: Link) -> 
         link.send(_raised(error))
         return
     if isinstance(result, ModuleType):
-        link.send(["module", result.__name__])
+        link.send(["module"])
     else:
         link.send(["value", encode(result, objects.number)])
 

@@ -1,4 +1,4 @@
-"""What Python itself refuses to a program where the kernel cannot: a second line that stops plain attempts, not a determined one."""
+"""What Python itself refuses to a program where the kernel cannot: it stops plain attempts, not determined ones."""
 
 import os
 import sys

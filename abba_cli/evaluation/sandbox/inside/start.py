@@ -41,13 +41,15 @@ def _be(settings: dict[str, Any], missing: list[str], unfit: bool, home: str) ->
             refusals.install(home, settings["visible"])
         program.serve(settings["text"], end)
         os._exit(0)
-    others = end.receive()
-    if unfit or others:
-        _report(settings["report"], {"missing": missing or others})
-        os._exit(1)
-    _report(settings["report"], checking.check(settings["text"], end))
-    os._exit(0)
+    try:
+        others = end.receive()
+    except link.Broken:
+        others = ["a process for the program (it ended before it was shut in)"]
+    _report(settings["report"], {"missing": missing if unfit else others})
+    if not unfit and not others:
+        _report(settings["report"], checking.check(settings["text"], end))
+        os._exit(0)
 
 
-def _report(descriptor: int, verdict: dict[str, Any]) -> None:
-    os.write(descriptor, json.dumps(verdict).encode("ascii") + b"\n")
+def _report(descriptor: int, message: dict[str, Any]) -> None:
+    os.write(descriptor, json.dumps(message).encode("ascii") + b"\n")
