@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from abba_cli import __version__
+from abba_cli.commands.compare import compare
 from abba_cli.commands.evaluate import evaluate
 from abba_cli.commands.export import export
 from abba_cli.commands.generate import chat, generate
@@ -44,6 +45,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(chat)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(merge)
 app.command()(export)
 app.command("import")(import_)

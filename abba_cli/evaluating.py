@@ -1,5 +1,6 @@
 """`abba eval` as a function: a model, and perhaps its base beside it, scored on tasks; results in a folder."""
 
+import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -54,6 +55,8 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
         _check_harness(options)
     notes(Stage("Loading the model"))
     speakers = load_for_generation(source, options.baseline)
+    if source.model is None and speakers[-1].label.rstrip("/") != (source.adapter or "").rstrip("/"):
+        notes(Note(f"scoring {speakers[-1].label}, the newest finished run there"))
     folder = options.output.expanduser() if options.output else default_output(source, speakers[-1])
     with locked(folder) if state.is_main_process else nullcontext():
         journal = Journal(folder, state.process_index)
@@ -243,5 +246,6 @@ def _with_differences(scores: Sequence[Sequence[TaskScore]]) -> list[Any]:
 
 def _settings(source: Source, options: EvaluationOptions) -> dict[str, Any]:
     """The options, as JSON holds them."""
-    settings = {**{key: value for key, value in asdict(source).items() if value is not None}, **asdict(options)}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    named = {key: value for key, value in asdict(source).items() if value is not None}
+    settings: dict[str, Any] = json.loads(json.dumps({**named, **asdict(options)}, default=str))
+    return settings

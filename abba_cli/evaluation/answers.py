@@ -67,9 +67,7 @@ def find_pattern(response: str, pattern: str) -> Prediction:
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"the pattern {pattern!r} is not a regular expression: {error}; see docs.python.org/3/library/re"
-        ) from None
+        raise DataError(f"the pattern {pattern!r} is no regular expression: {error}; see docs.python.org/3/library/re") from None
     answer = None
     for match in compiled.finditer(response):
         taken = next((group for group in match.groups() if group is not None), match.group()).strip()

@@ -1,10 +1,9 @@
 """The form in which two LaTeX answers are compared: spelling, spacing, units and delimiters that mean nothing are gone."""
 
 import re
-from collections.abc import Callable
 
 # Spelled otherwise, meaning the same. In order: later rules read what earlier ones wrote.
-_RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+_RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\! ?|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\(?:displaystyle|textstyle|limits|boldsymbol)(?![A-Za-z])", ""),
@@ -13,8 +12,9 @@ _RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname|hbox) ?\{", r"\\text{"),
-        (r"\\(?:leq|geq)(?![A-Za-z])", lambda match: match.group()[:3]),
-        (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: r"\{" if match.group() == r"\lbrace" else r"\}"),
+        (r"\\([lg])eq(?![A-Za-z])", r"\\\1e"),
+        (r"\\lbrace(?![A-Za-z])", r"\\{"),
+        (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\^ ?(?:\\circ(?![A-Za-z])|\{ ?\\circ ?\})|\\degrees?(?![A-Za-z])|°", ""),
         (r"\\?\$|[£€]", ""),
         (r"(?<!\\)%", r"\\%"),

@@ -125,6 +125,8 @@ def _of_group(
         n = sum(part.n for part in parts)
         # Weighted by size it is a mean over documents; else one over tasks.
         weighted = {one.metric: one.weight_by_size for one in group.aggregate_metric_list}.get(metric, False)
+        is_mean = bool(weighted) and len(values) == n
+        sources = list(dict.fromkeys(part.data for part in parts))
         failures = [part.extraction_failures for part in parts if part.extraction_failures is not None]
         scores.append(
             HarnessScore(
@@ -132,14 +134,14 @@ def _of_group(
                 metric=label,
                 primary=not scores and not is_member,
                 value=float(results[key]),
-                stderr=_number(results.get(f"{metric}_stderr,{filtered}")),
+                stderr=_stderr(results.get(f"{metric}_stderr,{filtered}"), None, values, is_mean),
                 n=n,
-                scores=dict(enumerate(values)) if weighted and len(values) == n else None,
+                scores=dict(enumerate(values)) if is_mean else None,
                 prompt_hash=_digest([part.prompt_hash for part in parts]),
                 shots=max((part.shots for part in parts), default=0),
                 extraction_failures=sum(failures) if failures else None,
                 examples=tuple(example for part in parts for example in part.examples[:1])[:_EXAMPLES],
-                data=", ".join(dict.fromkeys(part.data for part in parts)),
+                data=sources[0] + (f" and {len(sources) - 1} more" if len(sources) > 1 else ""),
             )
         )
     return scores
@@ -153,11 +155,13 @@ def _metrics(results: Mapping[str, Any]) -> list[str]:
 def _stderr(
     theirs: Any, aggregate: Callable[[Sequence[Any]], float] | None, values: Sequence[Any], is_mean: bool
 ) -> float | None:
-    if (number := _number(theirs)) is not None or len(values) < 2 or aggregate is None:
+    if (number := _number(theirs)) is not None or len(values) < 2:
         return number
     if is_mean:
         mean = sum(values) / len(values)
         return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    if aggregate is None:
+        return None
     draw = random.Random(0)
     again = [float(aggregate(draw.choices(values, k=len(values)))) for _ in range(_RESAMPLES)]
     mean = sum(again) / len(again)

@@ -47,7 +47,7 @@ KNOWN = {
     "gsm8k": Known("gsm8k", ("gsm8k", "arithmetic/gsm8k")),
     # The harness has hendrycks_math, too: without examples, and right only where the whole answer is the bare result.
     "math": Known("minerva_math", ("math", "arithmetic/math"), homes=("benchmarks", "minerva_math")),
-    "math500": Known("minerva_math500", ("math500", "arithmetic/math500")),
+    "math500": Known("minerva_math500", ("math500", "arithmetic/math500"), homes=("minerva_math",)),
 }
 _CODE = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus")
 _INSTALL = "the protocol `harness` needs lm-evaluation-harness; install it with `pip install 'abba-cli[harness]'`"
@@ -72,8 +72,10 @@ def check_tasks(tasks: Sequence[str]) -> None:
             config = _read_file(Path(task).expanduser())
             if config.get("unsafe_code"):
                 _refuse_code(task)
-            if not isinstance(config.get("group", config.get("task")), str):
-                raise DataError(f"{task} is no task file of the harness: expected the key `task` (its name), or `group`")
+            if "group" in config:  # the harness fails on them: it takes the list of members for the name
+                raise DataError(f"{task} is the file of a group; name its tasks, or their files, one by one")
+            if not isinstance(config.get("task"), str):
+                raise DataError(f"{task} is no task file of the harness: expected the key `task` with its name")
             continue
         index = task_manager([task]).task_index
         if harness_name(task) not in index:
@@ -100,11 +102,8 @@ def primary_metric(theirs: str) -> str | None:
 
 
 def task_manager(tasks: Sequence[str]) -> "TaskManager":
-    """The harness's own list of tasks: all of it takes many seconds to read, so only the part that these need, if it can be told."""
-    names: list[str] = []
-    for task in tasks:
-        config = _read_file(Path(task).expanduser()) if is_file(task) else {}
-        names += _members(config) if is_file(task) else [harness_name(task)]
+    """The harness's own list of tasks: all of it takes many seconds to read, so only what these need where that can be told."""
+    names = [harness_name(task) for task in tasks if not is_file(task)]
     homes = dict.fromkeys(home for name in names for home in _homes(name))
     part = _manager(tuple(homes))
     return part if all(_complete(part.task_index, name) for name in names) else _manager(None)
@@ -163,7 +162,8 @@ def _complete(index: Mapping[str, Any], name: str) -> bool:
 
 def _root() -> Path:
     spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 

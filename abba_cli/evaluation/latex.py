@@ -58,7 +58,7 @@ def gold_latex(row: Mapping[str, Any]) -> str:
         return str(answer).strip()
     for column in ("solution", "output"):
         box = next(reversed(list(_boxes(str(row.get(column) or "")))), None)
-        if box is not None and box.text:
+        if box is not None:
             return box.text
     raise DataError(
         f"the row has no right answer (columns: {', '.join(map(str, row)) or 'none'}); "
@@ -131,7 +131,7 @@ def _boxed_or_delimited(text: str) -> str | None:
 
 
 def _boxes(text: str) -> Iterator[_Span]:
-    r"""Yield the contents of every \boxed{} and \fbox{} whose braces match, in the order of their ends; also `\boxed 5`."""
+    r"""Yield the contents of every \boxed{} and \fbox{} that holds something, in the order of their ends; also `\boxed 5`."""
     openings: list[tuple[int, int] | None] = []
     for token in re.finditer(r"\\(?:boxed|fbox)(?:\s{0,4}(?P<opening>\{)|\s{1,4}(?P<bare>[^\s{}$.,\\]{1,20}))|\\.|[{}]", text):
         if token["bare"]:
@@ -140,8 +140,9 @@ def _boxes(text: str) -> Iterator[_Span]:
             openings.append((token.start(), token.end()) if token["opening"] else None)
         elif token.group() == "}" and openings:
             opened = openings.pop()
-            if opened is not None:
-                yield _Span(opened[0], token.end(), text[opened[1] : token.start()].strip())
+            inside = text[opened[1] : token.start()].strip() if opened else ""
+            if opened and inside:
+                yield _Span(opened[0], token.end(), inside)
 
 
 def _spans(text: str) -> Iterator[_Span]:

@@ -1,7 +1,7 @@
 """Numbers in answers: found in any common notation, and compared exactly.
 
-What is a number: 1,234,567 and 1 234 567, -5 and (after a mark) - 5, .5, 3/4, 1 1/2, ½, \\frac{3}{4}, 1.2e-3, 1.2 x 10^3, digits of
-any script; with currency, units, per cent signs, Markdown and LaTeX around them, which are dropped (50% is 50, not 0.5).
+What is a number: 1,234,567 and 1 234 567, -5 and (after a mark) - 5, .5, 3/4, 1 1/2, ½, \\frac{3}{4}, 1.2e-3, 1.2 x 10^3, digits
+of any script; with currency, units, per cent signs, Markdown and LaTeX around them, which are dropped (50% is 50, not 0.5).
 What is none: words, dates, times and ratios (3:30), version numbers, powers (5^2), exponents and subscripts, digits inside a
 word (x2, answer1), NaN, infinity, 1/0, exponents beyond 9999. A comma that does not group by three separates: 1,2 is a list.
 """
@@ -90,7 +90,7 @@ _CLAUSE_END = re.compile(r"[,;]\s|\b(?:because|since)\b", re.IGNORECASE)
 _HEADED = re.compile(r"[^\w\n]{0,20}(?:(?:USD|EUR|GBP|INR|Rs)\b[^\w\n]{0,4})?\Z")
 _NOT_ALONE = re.compile(r"\^\{?[-+]?\d|[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]|[eE][-+]?\d")
 _IN_A_WORD = re.compile(r"(?<![A-Za-z\\])(?!(?:USD|EUR|GBP|INR|Rs)\Z)[A-Za-z]{1,12}\Z|[A-Za-z]{12}\Z|[^\W\d_A-Za-z]\Z|\\sqrt\Z")
-_RAISED_OR_LOWERED = re.compile(r"\^\{?[-+]?\Z|[\w)}\]]_\{?\Z")
+_RAISED_OR_LOWERED = re.compile(r"\^\{?[-+]?\Z|[A-Za-z0-9)}\]]_\{?\Z")
 _SIGN = re.compile(r"(?P<before>[^ ]?)(?P<space> {0,3})(?:[$€£¥₹] ?)?-(?P<gap> ?)(?:[$€£¥₹] ?)?\Z")
 
 

@@ -3,13 +3,13 @@
 Rules: https://github.com/CERT-Lab/abba/tree/9ef120cf/instruction_tuning_eval. What sets them apart from ours:
 
 - Choices: the first that occurs anywhere, also inside a word ("untrue" is true, "answer10" is answer1).
-- Numbers: only after "The answer is: "; 1,234,567 is read as 1,234 and everything is rounded to a whole number; an answer wrong by
-  a factor of 100, or by 0.01%, is right.
-- Formulas: only after "The answer is: "; numbers within 0.1%, and again the factor of 100. LaTeX is compared as text (the parser it
-  asks for is not among its requirements). Where the normalisation crashes, on x/2 for instance, any answer is right.
+- Numbers: only after "The answer is: "; 1,234,567 is read as 1,234, and everything is rounded to a whole number; an answer wrong
+  by a factor of 100, or by 0.01%, is right.
+- Formulas: only after "The answer is: "; values within 0.1%, and again the factor of 100. LaTeX is compared as text (the parser
+  it asks for is not among its requirements). Where the normalisation crashes, on x/2 for instance, any answer is right.
 
-Two differences remain, both refusals: formulas that would run code, and algebra that does not end in a few seconds, are wrong here.
-An answer that ends the released program with an error (1/00 apples) is wrong as well.
+Two differences remain, both refusals: formulas that would run code, and algebra that does not end in a few seconds, are wrong
+here. An answer that ends the released program with an error (1/00 apples) is wrong as well.
 """
 
 import math
@@ -35,9 +35,7 @@ def released_number(response: str, gold_answer: str) -> bool:
         gold_answer: The source's answer with its "#### N".
     """
     try:
-        gold = (
-            int(gold_answer.split("#### ")[1].replace(",", "")) if "#### " in gold_answer else int(gold_answer.replace(",", ""))
-        )
+        gold = int(gold_answer.split("#### ", 1)[-1].replace(",", ""))
         number = _rounded(response)
         return number is not None and (float(number) == float(gold) or _equal(str(number), str(gold)))
     except (ValueError, ArithmeticError):

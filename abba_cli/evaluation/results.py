@@ -105,14 +105,20 @@ def read_results(source: Path) -> Results:
     """
     candidates = [source] if source.is_file() else [source / RESULTS_FILE, source / "eval" / RESULTS_FILE]
     file = next((one for one in candidates if one.is_file()), None)
+    if not source.exists():
+        raise DataError(f"{source} does not exist; expected a run, or a folder that `abba eval` wrote")
     if file is None:
         raise DataError(f"{source} holds no {RESULTS_FILE}; `abba eval` writes one into its --output")
     try:
-        return Results.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or "schema_version" not in tree:
+            raise ValueError("no schema_version in it")
+        if tree["schema_version"] != 1:
+            raise ValueError(f"schema_version is {tree['schema_version']!r}, this version of abba reads 1")
+        return Results.model_validate(tree)
     except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-        reason = (
-            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-            if isinstance(error, ValidationError)
-            else str(error)
-        )
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise DataError(f"{file} is not a results file of `abba eval`: {reason}") from None

@@ -1,5 +1,6 @@
 """From the judgements of a task's rows to its numbers: mean, error, interval, and the difference from the baseline."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def task_scores(
             primary=k == 1,
             value=value,
             n=len(scores),
-            stderr=error,
+            stderr=None if math.isnan(error) else error,  # of a single row nothing is known
             interval=interval,
             prompt_hash=prompt_hash(list(questions.values())),
             shots=len(items.shots),

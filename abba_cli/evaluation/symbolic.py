@@ -1,4 +1,4 @@
-"""Questions about formulas, answered by another process: computer algebra may run for ever, or eat all memory, and cannot be stopped.
+"""Questions about formulas, answered by another process: computer algebra may run for ever, and cannot be stopped from inside.
 
 A timer inside this process would not do: signals reach the main thread only, and no signal interrupts 9**9**9**9 in C.
 """
@@ -15,7 +15,7 @@ from abba_cli.errors import AbbaError
 
 Judge = Literal["math-verify", "released"]
 
-SECONDS = 5.0  # for one question; the slowest of MATH-500 takes a tenth of it
+SECONDS = 5.0  # of processor time for one question, so that a busy machine judges alike; MATH-500 needs less than one
 
 _lock = threading.Lock()
 _workers: dict[int, "subprocess.Popen[str]"] = {}  # by process id: a fork must not talk to its parent's worker
@@ -28,7 +28,7 @@ def judged_equal(judge: Judge, gold: str, prediction: str, seconds: float = SECO
         judge: `math-verify`, or the algebra of the paper's released code.
         gold: The right answer.
         prediction: The answer given.
-        seconds: After which the worker is ended.
+        seconds: Of processor time, after which the worker ends itself.
 
     Raises:
         AbbaError: The worker does not start.
@@ -36,8 +36,10 @@ def judged_equal(judge: Judge, gold: str, prediction: str, seconds: float = SECO
     question = json.dumps([judge, gold, prediction, seconds]) + "\n"
     with _lock:
         worker = _workers.get(os.getpid())
-        if worker is None or worker.poll() is not None:
-            worker = _start()
+        if worker is not None and worker.poll() is not None:
+            _stop(worker)
+            worker = None
+        worker = worker or _start()
         try:
             answer = _exchange(worker, question)
         except BaseException:  # an interrupted exchange would leave its answer for the next question

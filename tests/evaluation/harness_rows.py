@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from abba_cli.prompts import load_template
 from abba_cli.speakers import Speaker
 
-WORDS = "river stone lamp paper cloud wheel garden bottle ladder winter engine silver market pepper candle forest".split()
+WORDS = ["river", "stone", "lamp", "paper", "cloud", "wheel", "garden", "bottle", "ladder", "winter", "engine", "silver"]
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -68,9 +68,6 @@ def write_rows(folder: Path, split: str, rows: Sequence[dict[str, Any]]) -> Path
     file = folder / f"{split}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-Settings = Callable[..., dict[str, Any]]
 
 
 def settings(cache: Path, data_dir: Path | None, **changes: Any) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Results of evaluations that never took place, with numbers that are known, and a reader of the tables made of them."""
 
+import io
 import itertools
 from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
+from rich.console import Console
 
+from abba_cli.evaluation.comparing import Comparison
 from abba_cli.evaluation.results import Difference, Example, ModelRecord, Results, TaskResult, write_results
+from abba_cli.evaluation.side_by_side import comparison_table
 
 PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 
@@ -84,3 +88,13 @@ def cells_of(markdown: str) -> list[list[str]]:
             assert not {child.type for child in content.children or []} - {"text", "text_special", "strong_open", "strong_close"}
             rows[-1].append("".join(child.content for child in content.children or []))
     return rows
+
+
+def drawn_comparison(comparison: Comparison, width: int) -> str:
+    """What a terminal shows; nothing may be cut or leave it."""
+    console = Console(file=io.StringIO(), width=width)
+    console.print(comparison_table(comparison, width))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    return text

@@ -1,21 +1,16 @@
 """Evaluations side by side: what is best, what cannot be compared, and how it looks."""
 
-import io
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from made_results import PARSER, beside, cells_of, evaluation, model, scored, written
-from matplotlib.image import imread
-from rich.console import Console
+from made_results import PARSER, beside, cells_of, drawn_comparison, evaluation, model, scored, written
 
-from abba_cli.errors import DataError, RunError
+from abba_cli.errors import DataError
 from abba_cli.evaluation.chart import comparison_png
-from abba_cli.evaluation.comparing import Cell, Column, Comparison, Row, compare
+from abba_cli.evaluation.comparing import Comparison, compare
 from abba_cli.evaluation.results import Results, TaskResult
-from abba_cli.evaluation.side_by_side import comparison_markdown, comparison_table
-from abba_cli.evaluation.tables import COMMONSENSE, TASK_ORDER
+from abba_cli.evaluation.side_by_side import comparison_markdown
+from abba_cli.evaluation.tables import COMMONSENSE
 
 BASELINE = model("base", role="baseline", fingerprint="untouched")
 
@@ -34,15 +29,6 @@ def best(comparison: Comparison) -> dict[str, set[str]]:
         column.heading: {comparison.rows[i].label for i in found}
         for column, found in zip(comparison.columns, comparison.best, strict=True)
     }
-
-
-def drawn(comparison: Comparison, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(comparison_table(comparison, width))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(len(line) <= width for line in text.splitlines())
-    assert "…" not in text
-    return text
 
 
 @pytest.fixture
@@ -76,7 +62,7 @@ def test_as_markdown(two: Comparison) -> None:
 
 
 def test_as_a_table(two: Comparison) -> None:
-    lines = drawn(two, 80).splitlines()
+    lines = drawn_comparison(two, 80).splitlines()
     assert [line.split() for line in lines[:4]] == [
         ["obqa", "boolq", "gsm8k", "mine"],
         ["n", "500", "500", "500", "500"],
@@ -103,7 +89,7 @@ def test_what_cannot_be_compared(tmp_path: Path, field: str, changed: object, re
     assert best(comparison) == {"piqa": {"B"}, "boolq": set()}
     assert [column.reasons for column in comparison.columns] == [(), (reason,)]
     assert comparison.notes == (f"(!) boolq: not comparable, so no best is marked; {reason}",)
-    for text in (comparison_markdown(comparison), drawn(comparison, 120)):
+    for text in (comparison_markdown(comparison), drawn_comparison(comparison, 120)):
         assert "boolq (!)" in text
         assert "piqa (!)" not in text
         assert "not comparable" in text
@@ -160,6 +146,14 @@ def test_baselines_with_other_weights_have_their_own_rows(tmp_path: Path) -> Non
     other = model("base", role="baseline", fingerprint="in bfloat16")
     comparison = compare([written(tmp_path / "A", tuned("A", 0.5)), written(tmp_path / "B", tuned("B", 0.6, baseline=other))])
     assert labels(comparison) == ["A", "base (A)", "B", "base (B)"]
+
+
+def test_a_baseline_under_another_template_has_its_own_row(tmp_path: Path) -> None:
+    """Even where no task shows it: a row must not mix the two."""
+    for name, template, task in (("A", "alpaca", "boolq"), ("B", "chat", "piqa")):
+        baseline = model("base", role="baseline", fingerprint="untouched", template=template)
+        written(tmp_path / name, evaluation(scored(task, 0.4, "base"), models=(baseline,)))
+    assert labels(compare([tmp_path / "A", tmp_path / "B"])) == ["base (A)", "base (B)"]
 
 
 def test_a_baseline_that_came_out_otherwise_is_told_of(tmp_path: Path) -> None:
@@ -240,56 +234,3 @@ def test_no_scores(tmp_path: Path) -> None:
     written(tmp_path, evaluation(models=(model(),)))
     with pytest.raises(DataError, match="no task has a score; run `abba eval` to the end first"):
         compare([tmp_path])
-
-
-def made(models: int, tasks: tuple[str, ...], name: str = "model {}") -> Comparison:
-    """A comparison of any size; the last model is the best at everything."""
-    columns = tuple(Column(task, task, "paper", True, False, ()) for task in tasks)
-    rows = []
-    for i in range(models):
-        value = 0.8 * (i + 1) / models
-        rows.append(Row(name.format(i), "model", tuple(Cell(value, 0.0123, (value - 0.02, value + 0.02), 10_042) for _ in tasks)))
-    return Comparison(columns, tuple(rows), tuple(frozenset({models - 1}) for _ in tasks), ())
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    st.integers(1, 20),
-    st.integers(1, len(TASK_ORDER)),
-    st.sampled_from(["m{}", "SmolLM2-135M-Instruct + out/run-{}"]),
-    st.integers(80, 200),
-)
-def test_any_comparison_fits_with_all_its_numbers(models: int, tasks: int, name: str, width: int) -> None:
-    comparison = made(models, TASK_ORDER[:tasks], name)
-    text = drawn(comparison, width)
-    words = text.replace("*", " ").split()
-    for i, row in enumerate(comparison.rows):
-        assert row.label in " ".join(words)
-        # "10,042" and the labels hold no such number.
-        assert sum(word == f"{80 * (i + 1) / models:.2f}" for word in words) == tasks
-    table = text[: text.index("Scores in percent")]
-    assert table.count("*") == tasks
-
-
-@pytest.mark.parametrize(("models", "tasks"), [(1, 1), (8, 15), (2, 8)])
-def test_the_picture_grows_with_what_it_shows(tmp_path: Path, models: int, tasks: int) -> None:
-    file = tmp_path / "chart.png"
-    comparison_png(made(models, TASK_ORDER[:tasks], "_model $x_{}$ \N{HIRAGANA LETTER A}"), file)
-    height, width, _ = imread(file).shape
-    assert width == 1350
-    assert height > 150 * 0.11 * models * tasks
-    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
-
-
-def test_every_model_has_its_colour_in_the_picture(tmp_path: Path) -> None:
-    comparison_png(made(3, TASK_ORDER[:4]), tmp_path / "chart.png")
-    pixels = imread(tmp_path / "chart.png")[..., :3]
-    for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0, 0x9E, 0x73)):
-        assert (abs(pixels - [part / 255 for part in colour]).max(axis=-1) < 0.01).sum() > 4 * 20
-    assert not (abs(pixels - [0xCC / 255, 0x79 / 255, 0xA7 / 255]).max(axis=-1) < 0.01).any()
-
-
-def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write to .*chart\.png"):
-        comparison_png(made(1, TASK_ORDER[:1]), tmp_path / "file" / "chart.png")

@@ -14,28 +14,8 @@ from abba_cli.evaluation.engine import Completion, Request, answer_batches, plan
 from abba_cli.prompts import load_template
 from abba_cli.speakers import Speaker
 
-WORDS = [
-    "The",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "a",
-    "potion",
-    "of",
-    "red",
-    "and",
-    "blue",
-]
-TEXTS = [" ".join(WORDS[: 2 + 3 * (number % 6)]) for number in range(11)]
+SENTENCE = "The quick brown fox jumps over the lazy dog while seven wizards brew a potion of red and blue"
+TEXTS = [" ".join(SENTENCE.split()[: 2 + 3 * (number % 6)]) for number in range(11)]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])

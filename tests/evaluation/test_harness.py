@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def speaker(model: Path) -> Speaker:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every answer that is computed while a test runs."""
     seen: list[Any] = []
     keep = harness_model.AskedModel._keep
@@ -54,7 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         keep(self, kind, arguments, answer)
 
     monkeypatch.setattr(harness_model.AskedModel, "_keep", counting)
-    yield seen
+    return seen
 
 
 def by_metric(scores: list[HarnessScore], task: str) -> dict[str, HarnessScore]:

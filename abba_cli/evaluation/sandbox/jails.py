@@ -87,7 +87,7 @@ def _environment() -> dict[str, str]:
 
 def _packages() -> list[str]:
     folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
-    return [folder for folder in dict.fromkeys(folders) if Path(folder).is_dir()]
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
 
 
 def _python_path() -> list[str]:
