@@ -27,6 +27,7 @@ from abba_cli.evaluation.scores import TaskScore, beside_baseline
 from abba_cli.evaluation.statistics import wilson_interval
 from abba_cli.evaluation.tables import results_markdown
 from abba_cli.evaluation.tasks import GROUPS, find_tasks
+from abba_cli.evaluation.vllm import check_vllm, serving
 from abba_cli.events import Listener, Note, Stage, ignore
 from abba_cli.speakers import RUNS, Source, Speaker, load_for_generation
 
@@ -53,6 +54,8 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
     tasks = _read_tasks(options, notes) if options.protocol == "paper" else []
     if options.protocol == "harness":
         _check_harness(options)
+    if options.backend == "vllm":
+        check_vllm(source.quantization, options.baseline)
     notes(Stage("Loading the model"))
     speakers = load_for_generation(source, options.baseline)
     if source.model is None and speakers[-1].label.rstrip("/") != (source.adapter or "").rstrip("/"):
@@ -73,7 +76,8 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
             if options.protocol == "harness":
                 scores.append(score_by_harness(speaker, model, options, folder, notes))
             else:
-                scores.append(score_paper(speaker, model, tasks, options, journal, notes))
+                with serving(speaker) if options.backend == "vllm" else nullcontext() as backend:
+                    scores.append(score_paper(speaker, model, tasks, options, journal, notes, backend))
         results = Results(
             abba=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

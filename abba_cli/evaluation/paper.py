@@ -126,7 +126,7 @@ def _answer_all(
     state = PartialState()
     decoding = options.decoding(items.task)
     by_number = {one.request.number: one for one in wanted}
-    size = options.batch_size or default_batch_size(speaker.model.device if speaker.model is not None else state.device)
+    size = options.batch_size or default_batch_size(state.device)
     # A prompt without room for an answer is never asked.
     batches = plan_batches([one.request for one in wanted if one.request.max_tokens], size)
     mine = batches[state.process_index :: state.num_processes]

@@ -14,7 +14,7 @@ MEMORY_BYTES = 4 << 30
 # Sympy's parser runs its text as Python. Names that may be called there; all other known names are refused.
 _HARMLESS = re.compile(
     "sqrt|cbrt|root|exp|log|ln|a?sin|a?cos|a?tan|cot|sec|csc|sinh|cosh|tanh|pi|oo|nan|zoo|Abs|Min|Max|floor|ceiling|sign|"
-    "factorial|binomial|gcd|lcm|Rational|Integer|Float|re|im|arg|conjugate|gamma|beta|zeta|[A-Za-z]"
+    "factorial|binomial|gcd|lcm|Rational|Integer|Float|re|im|arg|conjugate|gamma|beta|zeta|True|False|[A-Za-z]"
 )
 # Double underscores, quotes, attributes, loops.
 _UNSAFE = re.compile(r"""__|["'`;\\]|:=|\.\s*[^\W\d]|[^\W\d]\s*\.(?!\d)|\b(?:lambda|for|import|while|yield|await)\b""")

@@ -249,14 +249,14 @@ def test_what_is_refused_before_a_model_is_loaded(data: Path, tmp_path: Path) ->
     assert "humaneval runs programs that the model has written; give --allow-code-execution" in refused(
         gone, data, tmp_path, "humaneval"
     )
-    assert "--samples above 1 needs draws" in refused(gone, data, tmp_path, "gsm8k", samples=2)
+    assert "--samples above 1 needs draws" in refused(gone, data, tmp_path, "arc_c", samples=2)
     assert "Put the file at DIR/boolq/test.jsonl" in refused(gone, data, tmp_path, "boolq")
-    assert "no-such-model" in refused(gone, data, tmp_path, "gsm8k")
+    assert "no-such-model" in refused(gone, data, tmp_path, "arc_c")
 
 
 def test_no_run_and_no_chat_template(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    said = refused(Source(), data, tmp_path / "out", "gsm8k")
+    said = refused(Source(), data, tmp_path / "out", "arc_c")
     assert said == (
         "no model is named, and there is no folder out/ here; train with `abba train RECIPE`, or name one with --adapter or "
         "--model"
@@ -266,6 +266,6 @@ def test_no_run_and_no_chat_template(base: Path, data: Path, tmp_path: Path, mon
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(bare)
-    said = refused(Source(model=str(bare), template="chat"), data, tmp_path / "x", "gsm8k")
+    said = refused(Source(model=str(bare), template="chat"), data, tmp_path / "x", "arc_c")
     assert "the tokenizer has no chat template" in said
     assert load_for_generation(Source(model=str(bare)))[0].template.name == "none"

@@ -109,6 +109,7 @@ def test_the_mark_is_exact(mark: str) -> None:
         ("2*x+2", "2*(x+1)", True),
         ("2x", "2*x", False),  # 2x is no Python
         ("2**3", "8", True),
+        ("True", "1", True),
         ("2^3", "1", True),  # Python's exclusive or
         ("sqrt(2)", "1.4142", True),  # within 0.1%
         ("pi", "3.1416", True),

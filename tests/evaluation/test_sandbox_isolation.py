@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -127,9 +128,27 @@ def test_no_network() -> None:
     returned("import asyncio\nasync def g(): return 2\nreturn asyncio.run(g())", "got == 2")  # a pair of sockets is no network
 
 
-def test_the_network_namespace_is_empty_even_without_the_filter() -> None:
-    """The second of two walls: seen from inside by a call that the filter lets pass."""
-    returned("import socket\nreturn [name for _, name in socket.if_nameindex()]", "got == ['lo']")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may look at the namespaces of a jailed process")
+def test_namespaces_are_its_own() -> None:
+    """A second wall behind the refused calls, so it is looked at from outside."""
+    mark = uuid.uuid4().hex
+    run = threading.Thread(
+        target=run_tests, args=(SLEEPER.replace("MARK", mark), "f()"), kwargs={"limits": Limits(wall_seconds=3)}
+    )
+    run.start()
+    deadline = time.monotonic() + 30
+    while not running(mark) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (number,) = running(mark)
+    for name in ("net", "pid", "mnt", "ipc", "uts"):
+        assert os.readlink(f"/proc/{number}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{number}/status").read_text().splitlines())
+    assert {name: int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == dict.fromkeys(
+        ("CapEff", "CapPrm", "CapInh", "CapAmb"), 0
+    )
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert "0" not in status["Uid"].split()
+    run.join()
 
 
 def test_no_rights() -> None:
@@ -146,13 +165,15 @@ def test_no_rights() -> None:
         "sethostname(b'x', 1)",
     ):
         returned(calls + f"return [library.{call}, ctypes.get_errno()]", "got == [-1, 1]")
-    returned(
-        calls
-        + "return library.syscall(ctypes.c_long(56 if os.uname().machine == 'x86_64' else 220), ctypes.c_long(0x10000011), 0, 0, 0, 0)",
-        "got == -1",
-    )
+    number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    clone = f"library.syscall(ctypes.c_long({number}), ctypes.c_long(0x10000011), 0, 0, 0, 0)"
+    returned(calls + f"return [{clone}, ctypes.get_errno()]", "got == [-1, 1]")
 
 
+SLEEPER = """
+import os, sys
+os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(300)", "MARK"])
+"""
 SURVIVOR = """
 import time
 if os.fork() == 0:
@@ -176,7 +197,7 @@ def test_nothing_outlives_the_run() -> None:
 
 def test_everything_ends_with_this_process() -> None:
     mark = uuid.uuid4().hex
-    program = f"import os, sys\nos.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(300)', {mark!r}])"
+    program = SLEEPER.replace("MARK", mark)
     code = f"from abba_cli.evaluation.sandbox import *\nrun_tests({program!r}, 'f()', limits=Limits(wall_seconds=300))"
     runner = subprocess.Popen([sys.executable, "-c", code])
     try:

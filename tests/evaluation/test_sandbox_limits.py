@@ -34,11 +34,7 @@ def test_what_never_ends_is_ended(program: str) -> None:
     before = time.monotonic()
     verdict = run_tests(program, "assert list(f(1)) == [2]\n", limits=SMALL)
     assert not verdict.passed
-    assert verdict.reason in (
-        "timed out after 2 s",
-        "MemoryError in test 1",
-        "the tests' own process ended, by a limit of memory or CPU time",
-    )
+    assert verdict.reason in ("timed out after 1 s", "MemoryError in test 1")
     assert time.monotonic() - before < 30
 
 
@@ -84,7 +80,8 @@ def f(x):
 
 @pytest.mark.parametrize("program", [FORKS, THREADS])
 def test_processes_and_threads_are_limited(program: str) -> None:
-    assert run_tests(program, "assert 10 < f(1) < 16, f(1)", limits=LONG).passed
+    assert run_tests(program, "assert 1 < f(1) < 16, f(1)", limits=Limits(wall_seconds=40)).passed
+    assert run_tests(program, "assert 1 < f(1) < 4, f(1)", limits=Limits(wall_seconds=40, processes=4)).passed
 
 
 FILES = """

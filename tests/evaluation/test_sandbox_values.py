@@ -169,7 +169,8 @@ def value(nodes, default=None): return [node.value for node in nodes] if nodes e
 def adder(n): return lambda x: x + n
 def count():
     yield from (1, 2, 3)
-def fail(kind): raise {"own": Special("k"), "value": ValueError("v"), "unicode": UnicodeDecodeError("utf-8", b"x", 0, 1, "r")}[kind]
+ERRORS = {"own": Special("k"), "value": ValueError("v"), "unicode": UnicodeDecodeError("utf-8", b"x", 0, 1, "r")}
+def fail(kind): raise ERRORS[kind]
 """
 USES = """
 root = Node(1)
@@ -204,7 +205,7 @@ def test_objects_of_the_program_are_used_through_stand_ins() -> None:
         ("def f(", "f()", "SyntaxError: '(' was never closed (line 1)"),
         ("x = 1 / 0", "f()", "ZeroDivisionError: division by zero"),
         ("def g(): pass", "assert f() == 1", "NameError in test 1: name 'f' is not defined"),
-        ("def f(): return {}['a b']", "assert f() == 1", "KeyError in test 1: a b"),
+        ("def f(): return {}['a b']", "assert f() == 1", "KeyError in test 1: 'a b'"),
         ("def f(): return 1", "def g():\n    assert True\n    assert f() == 2\n\ng()", "AssertionError in test 2"),
         (
             "def f(): return 1",
@@ -214,6 +215,7 @@ def test_objects_of_the_program_are_used_through_stand_ins() -> None:
         ("def f(): raise TypeError('a\\nb')", "f()", "TypeError in line 1 of the tests: a b"),
         ("def f(x): return 1", "f(lambda: 1)", "TypeError in line 1 of the tests: a function cannot be given to the program"),
         ("def f(x): return 1", "assert (", "SyntaxError"),
+        ("raise type('E\\n' * 99999, (ValueError,), {})('x' * 99999)", "f()", "Exception: xxx"),
     ],
 )
 def test_the_reason_is_one_short_line(program: str, tests: str, reason: str) -> None:

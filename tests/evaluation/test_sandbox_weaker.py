@@ -84,7 +84,7 @@ from abba_cli.evaluation.sandbox import *
 print(os.getuid(), missing_protections())
 program = "import os\\ndef f(): return [os.getuid(), os.path.exists('/etc/passwd'), os.getpid()]"
 print(run_tests(program, "assert f() == [12345, False, 1]"))
-attack = "import os\\nfor target in (0, -1, os.getppid()):\\n    try: os.kill(target, 9)\\n    except OSError: pass\\ndef f(): return 0"
+attack = "import os\\nfor n in (0, -1):\\n    try: os.kill(n, 9)\\n    except OSError: pass\\ndef f(): return 0"
 print(run_tests(attack, "assert f() == 1"))
 """
 CHECKOUT = Path(__file__).parents[2]

@@ -46,7 +46,7 @@ def start(jailed: Jailed, limits: Limits, weaker: bool, home: str) -> subprocess
         "weaker": weaker,
         "parent": os.getpid(),
         "visible": _python_folders(),
-        "python_path": _python_path(),
+        "packages": _packages(),
         "environment": _environment(),
         "most_bytes": limits.output_bytes,
         "bounds": {
@@ -88,11 +88,6 @@ def _environment() -> dict[str, str]:
 def _packages() -> list[str]:
     folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
     return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-
-
-def _python_path() -> list[str]:
-    library = sysconfig.get_path("stdlib")
-    return [library, f"{library}/lib-dynload", *_packages()]
 
 
 def _python_folders() -> list[str]:

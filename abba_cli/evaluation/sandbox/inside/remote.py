@@ -149,13 +149,14 @@ def _number_of(value: Any) -> int:
 
 def _as_exception(names: list[str], text: str) -> Exception:
     """The built-in exception that stands first among an exception's bases, under its own name."""
+    shown = names[0][:80] if names and names[0].isidentifier() else "Exception"
     for name in names:
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, BaseException):
             if not issubclass(kind, Exception):
-                return ProgramLeft(f"{name} {text}".strip())
+                return ProgramLeft(shown)
             try:
-                return kind(text) if name == names[0] else type(names[0], (kind,), {})(text)
+                return kind(text) if name == names[0] else type(shown, (kind,), {})(text)
             except TypeError:  # one of the few that take other arguments
                 break
-    return ProgramError(f"{names[:1]} {text}")
+    return ProgramError(f"{shown} {text}")

@@ -15,7 +15,7 @@ def main() -> None:
     if os.getppid() != settings["parent"]:
         os._exit(1)
     os.dup2(1, 0)  # /dev/null
-    sys.path[:] = settings["python_path"]
+    sys.path[:] = [*sys.path[1:], *settings["packages"]]  # without the folder of this package
     keep = [settings[end] for end in ("link", "report") if settings[end] is not None]
     missing = jail.enter(settings["visible"], jail.Bounds(**settings["bounds"]), keep)
     home = os.getcwd()
