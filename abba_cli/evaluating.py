@@ -21,11 +21,11 @@ from abba_cli.evaluation.journal import Journal, locked
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.paper import score_paper
 from abba_cli.evaluation.questions import TaskItems, read_items
+from abba_cli.evaluation.reporting.statistics import wilson_interval
+from abba_cli.evaluation.reporting.tables import results_markdown
 from abba_cli.evaluation.results import ModelRecord, Results, TaskResult, write_results
 from abba_cli.evaluation.sandbox import missing_protections
 from abba_cli.evaluation.scores import TaskScore, beside_baseline
-from abba_cli.evaluation.statistics import wilson_interval
-from abba_cli.evaluation.tables import results_markdown
 from abba_cli.evaluation.tasks import GROUPS, find_tasks
 from abba_cli.evaluation.vllm import check_vllm, serving
 from abba_cli.events import Listener, Note, Stage, ignore

@@ -23,8 +23,8 @@ def compare(
     """Put the results of several evaluations side by side, with the best of each task marked."""
     quiet_libraries()
     from abba_cli.disk import disk_errors, write_atomically
-    from abba_cli.evaluation.comparing import compare as run
-    from abba_cli.evaluation.side_by_side import comparison_markdown, comparison_table
+    from abba_cli.evaluation.reporting.comparing import compare as run
+    from abba_cli.evaluation.reporting.side_by_side import comparison_markdown, comparison_table
 
     markdown = None if markdown is None else _check(markdown, ".md", overwrite)
     png = None if png is None else _check(png, ".png", overwrite)
@@ -36,7 +36,7 @@ def compare(
             with disk_errors(markdown):
                 write_atomically(markdown, comparison_markdown(comparison))
         if png is not None:
-            from abba_cli.evaluation.chart import comparison_png
+            from abba_cli.evaluation.reporting.chart import comparison_png
 
             comparison_png(comparison, png)
     for file in filter(None, (markdown, png)):
@@ -51,7 +51,7 @@ def _check(file: Path, suffix: str, overwrite: bool) -> Path:
     """
     from abba_cli.disk import disk_errors
     from abba_cli.errors import RunError
-    from abba_cli.evaluation.side_by_side import MADE_BY
+    from abba_cli.evaluation.reporting.side_by_side import MADE_BY
 
     file = file.expanduser()
     if file.suffix.lower() != suffix:

@@ -1,6 +1,7 @@
 """Code benchmarks: the program in an answer, the tests of a row, and pass@k."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from math import comb
 from typing import Any
@@ -143,7 +144,9 @@ def _longest_start(prompt: str, code: str) -> str:
 
 def _compiles(code: str) -> bool:
     try:
-        compile(code, "<program>", "exec", dont_inherit=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "\d" outside a raw string: a model's style is no news to the user
+            compile(code, "<program>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

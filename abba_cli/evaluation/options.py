@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from abba_cli.evaluation.decoding import Decoding, paper_decoding
-from abba_cli.evaluation.grading import Grader
+from abba_cli.evaluation.grading.judging import Grader
 from abba_cli.evaluation.results import Protocol
 from abba_cli.evaluation.tasks import Task
 

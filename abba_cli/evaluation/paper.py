@@ -11,7 +11,7 @@ from accelerate import PartialState
 from abba_cli import __version__
 from abba_cli.evaluation.decoding import Decoding
 from abba_cli.evaluation.engine import Completion, Request, answer_batches, default_batch_size, plan_batches, within_positions
-from abba_cli.evaluation.grading import Grade, grade
+from abba_cli.evaluation.grading.judging import Grade, grade
 from abba_cli.evaluation.journal import Journal, answer_key
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.questions import Question, TaskItems, ask

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.grading import gold_of
+from abba_cli.evaluation.grading.judging import gold_of
 from abba_cli.evaluation.rows import TaskRows, read_rows
 from abba_cli.evaluation.tasks import Task
 from abba_cli.formats import Example, Message, Row, compile_template

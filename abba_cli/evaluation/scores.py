@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from abba_cli.evaluation.code import pass_at_k
-from abba_cli.evaluation.grading import has_released_rules
+from abba_cli.evaluation.grading.judging import has_released_rules
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.questions import Question, TaskItems, prompt_hash
+from abba_cli.evaluation.reporting.statistics import mean_and_error, paired_test
 from abba_cli.evaluation.results import Difference, Example, ModelRecord, TaskResult
-from abba_cli.evaluation.statistics import mean_and_error, paired_test
 
 _EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 2000

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from abba_cli.evaluation.results import Example, Results, TaskResult
-from abba_cli.evaluation.tables import primary_results, results_table
+from abba_cli.evaluation.reporting.tables import primary_results, results_table
 from abba_cli.events import Event, Note, Scored, Stage
 from abba_cli.ui.progress import LiveBar
 from abba_cli.ui.training import duration

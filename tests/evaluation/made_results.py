@@ -8,9 +8,9 @@ from typing import Any
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from abba_cli.evaluation.comparing import Comparison
+from abba_cli.evaluation.reporting.comparing import Comparison
+from abba_cli.evaluation.reporting.side_by_side import comparison_table
 from abba_cli.evaluation.results import Difference, Example, ModelRecord, Results, TaskResult, write_results
-from abba_cli.evaluation.side_by_side import comparison_table
 
 PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.answers import find_choice, find_pattern, own_part, same_text
+from abba_cli.evaluation.grading.answers import find_choice, find_pattern, own_part, same_text
 
 BOOL = ("true", "false")
 ANSWERS = tuple(f"answer{n}" for n in (1, 2, 3, 4, 5))

@@ -101,6 +101,7 @@ WHOLE = f"def back(items, by):\n{BODY}"
         "back = lambda items, by: items[len(items) - by:] + items[:len(items) - by]",
         WHOLE.replace("List[int]", "list") + "\n\nif __name__ == '__main__':\n    raise SystemExit(input())\n",
         f"def other(x: List[int]): return x\n\n{WHOLE}",
+        BODY.replace("    return", "    pattern = '\\d'\n    return"),
     ],
 )
 def test_every_form_of_a_completion(response: str) -> None:

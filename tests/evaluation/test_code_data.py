@@ -17,6 +17,9 @@ LIMITS = Limits(wall_seconds=120, cpu_seconds=60)  # MBPP/123 alone takes second
 
 pytestmark = [
     pytest.mark.slow,
+    # Some of the data sets' programs have "\d" outside a raw string.
+    pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning"),
     pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not at ../shared/data"),
 ]
 
@@ -64,7 +67,7 @@ def spoiled(code: str, name: str) -> str:
     return f"{code}\n{OFF}\n_right = {name}\ndef {name}(*arguments): return _off(_right(*arguments))\n"
 
 
-def tested(row: dict[str, Any]) -> str:
+def name_of_function(row: dict[str, Any]) -> str:
     """The function that an MBPP row tests."""
     defined = {node.name for node in ast.walk(ast.parse(row["code"].replace("\r", ""))) if isinstance(node, ast.FunctionDef)}
     used = [node.id for node in ast.walk(ast.parse(row["test_list"][0])) if isinstance(node, ast.Name)]
@@ -90,5 +93,5 @@ def test_mbpp(mbpp: list[dict[str, Any]]) -> None:
     assert len(right) == 500
     assert [name for name, found in right.items() if not found] == []
     for spoil in (emptied, spoiled):
-        wrong = [(row["task_id"], spoil(row["code"].replace("\r", ""), tested(row)), mbpp_tests(row)) for row in mbpp]
+        wrong = [(row["task_id"], spoil(row["code"].replace("\r", ""), name_of_function(row)), mbpp_tests(row)) for row in mbpp]
         assert [name for name, found in passed(wrong).items() if found] == []

@@ -6,11 +6,11 @@ import pytest
 from made_results import PARSER, beside, cells_of, drawn_comparison, evaluation, model, scored, written
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.chart import comparison_png
-from abba_cli.evaluation.comparing import Comparison, compare
+from abba_cli.evaluation.reporting.chart import comparison_png
+from abba_cli.evaluation.reporting.comparing import Comparison, compare
+from abba_cli.evaluation.reporting.side_by_side import comparison_markdown
+from abba_cli.evaluation.reporting.tables import COMMONSENSE
 from abba_cli.evaluation.results import Results, TaskResult
-from abba_cli.evaluation.side_by_side import comparison_markdown
-from abba_cli.evaluation.tables import COMMONSENSE
 
 BASELINE = model("base", role="baseline", fingerprint="untouched")
 

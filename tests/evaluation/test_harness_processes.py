@@ -21,6 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = json.loads(sys.argv[1])
+from accelerate import PartialState
+assert PartialState(cpu="RANK" in os.environ).num_processes == int(os.environ.get("WORLD_SIZE", "1"))
 from harness_rows import load_speaker, settings
 from abba_cli.evaluation import harness_model
 from abba_cli.evaluation.harness import score_with_harness
@@ -104,7 +106,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(given: list[str], whole: l
 @pytest.mark.slow
 def test_two_processes_share_the_rows_and_agree(given: list[str], whole: list[Any], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=29731"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     first, second = run([*launch, *given, str(cache), "0"], tmp_path / "two")
     assert first[1] == second[1] == whole[1]
     assert first[0] + second[0] == whole[0]

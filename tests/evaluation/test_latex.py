@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.answers import Prediction
-from abba_cli.evaluation.latex import find_latex, gold_latex, same_latex
+from abba_cli.evaluation.grading.answers import Prediction
+from abba_cli.evaluation.grading.latex import find_latex, gold_latex, same_latex
 
 SAME = [
     (r"\frac{3}{4}", "0.75"),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.answers import Prediction
-from abba_cli.evaluation.numbers import find_number, gold_number, same_number
+from abba_cli.evaluation.grading.answers import Prediction
+from abba_cli.evaluation.grading.numbers import find_number, gold_number, same_number
 
 AFTER_A_MARK = {
     "42": "42",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abba_cli.evaluation.released import released_choice, released_latex, released_number
+from abba_cli.evaluation.grading.released import released_choice, released_latex, released_number
 
 BOOL = ("true", "false")
 ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")

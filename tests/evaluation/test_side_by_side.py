@@ -9,9 +9,9 @@ from made_results import drawn_comparison
 from matplotlib.image import imread
 
 from abba_cli.errors import RunError
-from abba_cli.evaluation.chart import comparison_png
-from abba_cli.evaluation.comparing import Cell, Column, Comparison, Row
-from abba_cli.evaluation.tables import TASK_ORDER
+from abba_cli.evaluation.reporting.chart import comparison_png
+from abba_cli.evaluation.reporting.comparing import Cell, Column, Comparison, Row
+from abba_cli.evaluation.reporting.tables import TASK_ORDER
 
 
 def made(models: int, tasks: tuple[str, ...], name: str = "model {}") -> Comparison:

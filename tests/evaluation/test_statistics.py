@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abba_cli.evaluation.statistics import mean_and_error, paired_test, wilson_interval
+from abba_cli.evaluation.reporting.statistics import mean_and_error, paired_test, wilson_interval
 
 BITS = st.lists(st.booleans().map(float), min_size=1, max_size=60)
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=40)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from abba_cli.errors import AbbaError
-from abba_cli.evaluation import symbolic
-from abba_cli.evaluation.symbolic import Judge, judged_equal
+from abba_cli.evaluation.grading import symbolic
+from abba_cli.evaluation.grading.symbolic import Judge, judged_equal
 
 
 @pytest.mark.parametrize("power", ["9^{9^{9^{9}}}", "1000000000!", "((((((((((" * 15 + "1" + "))))))))))" * 15])

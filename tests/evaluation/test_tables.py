@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from made_results import beside, cells_of, evaluation, model, scored
 from rich.console import Console
 
-from abba_cli.evaluation.results import Results
-from abba_cli.evaluation.tables import (
+from abba_cli.evaluation.reporting.tables import (
     COMMONSENSE,
     TASK_ORDER,
     commonsense_average,
@@ -19,6 +18,7 @@ from abba_cli.evaluation.tables import (
     results_markdown,
     results_table,
 )
+from abba_cli.evaluation.results import Results
 
 BASELINE = model("base", role="baseline")
 

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from abba_cli.evaluation.symbolic import judged_equal
+from abba_cli.evaluation.grading.symbolic import judged_equal
 
 _MARK = "The answer is: "
 

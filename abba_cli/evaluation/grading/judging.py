@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation import code, latex, numbers, released
-from abba_cli.evaluation.answers import Prediction, find_choice, find_pattern, same_text
+from abba_cli.evaluation import code
+from abba_cli.evaluation.grading import latex, numbers, released
+from abba_cli.evaluation.grading.answers import Prediction, find_choice, find_pattern, same_text
 from abba_cli.evaluation.sandbox import run_tests
 from abba_cli.evaluation.tasks import Task
 

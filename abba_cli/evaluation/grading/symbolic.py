@@ -52,7 +52,7 @@ def judged_equal(judge: Judge, gold: str, prediction: str, seconds: float = SECO
 
 def _start() -> "subprocess.Popen[str]":
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "abba_cli.evaluation.symbolic_worker"],
+        [sys.executable, "-P", "-m", "abba_cli.evaluation.grading.symbolic_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

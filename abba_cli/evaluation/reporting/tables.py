@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from abba_cli.evaluation.results import Results, TaskResult
+from abba_cli.evaluation.tasks import GROUPS
 
-COMMONSENSE = ("obqa", "arc_c", "arc_e", "winogrande", "hellaswag", "piqa", "siqa", "boolq")  # in the order of the paper's tables
-TASK_ORDER = (*COMMONSENSE, "gsm8k", "math", "math500", "humaneval", "humaneval_plus", "mbpp", "mbpp_plus")
+COMMONSENSE = GROUPS["commonsense"]  # in the order of the paper's tables
+TASK_ORDER = tuple(name for group in GROUPS.values() for name in group)
 _NO_SHARES = ("perplexity", "bits_per_byte", "likelihood")  # in names of the harness's metrics that are no shares of 1
 _HEADINGS = ("task", "protocol", "n", "score", "+/-", "baseline", "change", "p")
 

@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from abba_cli.evaluation.comparing import AVERAGE, Comparison
-from abba_cli.evaluation.tables import escape_markdown, markdown_row, show_number
+from abba_cli.evaluation.reporting.comparing import AVERAGE, Comparison
+from abba_cli.evaluation.reporting.tables import escape_markdown, markdown_row, show_number
 
 MADE_BY = "abba compare"  # stands in every file that is written, which `--overwrite` looks for
 _GAP = 2  # columns of a terminal between those of a table

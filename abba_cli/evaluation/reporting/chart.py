@@ -10,8 +10,8 @@ from typing import Any
 
 from abba_cli.disk import disk_errors
 from abba_cli.errors import DataError
-from abba_cli.evaluation.comparing import AVERAGE, Comparison
-from abba_cli.evaluation.side_by_side import MADE_BY
+from abba_cli.evaluation.reporting.comparing import AVERAGE, Comparison
+from abba_cli.evaluation.reporting.side_by_side import MADE_BY
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#8c6bb1")  # told apart by most eyes
 _MARKERS = "osD^vPXh"

@@ -14,7 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.answers import ANSWER_IS, HASHES, Prediction, own_part
+from abba_cli.evaluation.grading.answers import ANSWER_IS, HASHES, Prediction, own_part
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abba_cli.errors import DataError
+from abba_cli.evaluation.reporting.tables import (
+    COMMONSENSE,
+    commonsense_average,
+    is_share,
+    primary_results,
+    show_number,
+    task_rank,
+)
 from abba_cli.evaluation.results import ModelRecord, TaskResult, read_results
-from abba_cli.evaluation.tables import COMMONSENSE, commonsense_average, is_share, primary_results, show_number, task_rank
 
 AVERAGE = "average"  # the heading of the commonsense tasks' mean
 WARNING = "(!)"  # marks columns whose numbers cannot be compared, and the notes that say why

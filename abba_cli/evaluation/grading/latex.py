@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation import formulas
-from abba_cli.evaluation.answers import ANSWER_IS, HASHES, Prediction, own_part
-from abba_cli.evaluation.numbers import numbers_in, plain_notation
-from abba_cli.evaluation.symbolic import judged_equal
+from abba_cli.evaluation.grading import formulas
+from abba_cli.evaluation.grading.answers import ANSWER_IS, HASHES, Prediction, own_part
+from abba_cli.evaluation.grading.numbers import numbers_in, plain_notation
+from abba_cli.evaluation.grading.symbolic import judged_equal
 
 LONGEST = 500  # characters; the longest answer of MATH-500 has 53, and algebra on a page of text is a waste of its time limit
 
