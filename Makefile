@@ -8,14 +8,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 help:
 	@echo "make quickstart   install, fine-tune SmolLM2-135M on word problems, show accuracy before and after"
-	@echo "make test         the test suite (about 15 minutes on 2 cores)"
+	@echo "make test         the test suite (about 25 minutes on 2 cores)"
 	@echo "make test-all     the same and the slow tests"
 	@echo "make check        ruff, mypy --strict, generated docs up to date"
-	@echo "make docs         generate the recipe reference and the JSON schema"
+	@echo "make docs         generate the reference pages and the JSON schema"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/abba train recipes/quickstart.yaml
-	$(BIN)/python recipes/quickstart/score.py out/quickstart
+	$(BIN)/abba eval out/quickstart --tasks recipes/tasks/word_problems.yaml --baseline --limit 100 --batch-size 50
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m abba_cli.recipe_reference --check
+	$(BIN)/python -m abba_cli.evaluation.reference --check
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -54,6 +55,7 @@ test-all: test test-slow
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m abba_cli.recipe_reference
+	$(BIN)/python -m abba_cli.evaluation.reference
 
 clean:
 	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache

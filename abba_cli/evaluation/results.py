@@ -56,7 +56,7 @@ class TaskResult(_Record):
 
     task: str = Field(description="Name of the task.")
     model: str = Field(description="Label of the model.")
-    protocol: Protocol
+    protocol: Protocol = Field(description="The paper's, or lm-evaluation-harness's.")
     metric: str = Field(description="accuracy, pass@1, pass@10, acc, acc_norm, exact_match, ...")
     primary: bool = Field(description="Whether this is the task's number for tables; others are beside it.")
     value: float = Field(description="Mean score, as the harness gives it; 0 to 1 for all of abba's own.")
@@ -79,13 +79,13 @@ class TaskResult(_Record):
 class Results(_Record):
     """All of results.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = Field(1, description="Of this form; another number means that keys have changed their meaning.")
     abba: str = Field(description="Version that wrote it.")
     created: str = Field(description="ISO 8601, UTC.")
     seconds: float = Field(description="Of the last evaluation.")
     settings: dict[str, Any] = Field(description="The options it ran with.")
-    models: tuple[ModelRecord, ...]
-    results: tuple[TaskResult, ...]
+    models: tuple[ModelRecord, ...] = Field(description="The baseline first, if there is one.")
+    results: tuple[TaskResult, ...] = Field(description="One for each model, task and metric.")
 
 
 def write_results(folder: Path, results: Results) -> None:
