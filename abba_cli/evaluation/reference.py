@@ -42,7 +42,16 @@ def _lines() -> Iterator[str]:
     yield _INTRODUCTION
     for task in built_in().values():
         source = f"{task.data.path}, {task.data.split}"
-        cells = [task.name, task.group, f"{task.rows:,}", task.title, task.metric, task.max_tokens, source, ", ".join(task.aliases)]
+        cells = [
+            task.name,
+            task.group,
+            f"{task.rows:,}",
+            task.title,
+            task.metric,
+            task.max_tokens,
+            source,
+            ", ".join(task.aliases),
+        ]
         yield "| " + " | ".join(str(cell) for cell in cells) + " |"
     yield from _keys("Task files", Task, "")
     yield from _keys("Task files: `data`", TaskData, "data.")
@@ -58,7 +67,9 @@ def _keys(title: str, section: type[BaseModel], prefix: str) -> Iterator[str]:
     yield f"\n## {title}\n\n| key | holds | default | meaning |\n|---|---|---|---|"
     schema = section.model_json_schema()
     for name, key in schema["properties"].items():
-        default = f"`{json.dumps(key['default'])}`" if "default" in key else "required" if name in schema.get("required", ()) else ""
+        default = (
+            f"`{json.dumps(key['default'])}`" if "default" in key else "required" if name in schema.get("required", ()) else ""
+        )
         yield f"| `{prefix}{name}` | {_holds(key)} | {default} | {key.get('description', '')} |"
 
 

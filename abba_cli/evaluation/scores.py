@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abba_cli.evaluation.code import pass_at_k
+from abba_cli.evaluation.grading.code import pass_at_k
 from abba_cli.evaluation.grading.judging import has_released_rules
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.questions import Question, TaskItems, prompt_hash

@@ -8,8 +8,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from abba_cli.evaluation.results import Example, Results, TaskResult
 from abba_cli.evaluation.reporting.tables import primary_results, results_table
+from abba_cli.evaluation.results import Example, Results, TaskResult
 from abba_cli.events import Event, Note, Scored, Stage
 from abba_cli.ui.progress import LiveBar
 from abba_cli.ui.training import duration

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.code import extract_code, humaneval_program, humaneval_tests, mbpp_program, mbpp_tests, pass_at_k
+from abba_cli.evaluation.grading.code import extract_code, humaneval_program, humaneval_tests, mbpp_program, mbpp_tests, pass_at_k
 from abba_cli.evaluation.sandbox import Limits, missing_protections, run_tests
 
 WEAKER = bool(missing_protections())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from abba_cli.evaluation.code import humaneval_program, humaneval_tests, mbpp_program, mbpp_tests
+from abba_cli.evaluation.grading.code import humaneval_program, humaneval_tests, mbpp_program, mbpp_tests
 from abba_cli.evaluation.sandbox import Limits, missing_protections, run_tests
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.code import humaneval_program, mbpp_program, plus_tests
-from abba_cli.evaluation.plus_rules import agrees, as_given
+from abba_cli.evaluation.grading.code import humaneval_program, mbpp_program, plus_tests
+from abba_cli.evaluation.grading.plus_rules import agrees, as_given
 from abba_cli.evaluation.sandbox import Limits, missing_protections, run_tests
 
 WEAKER = bool(missing_protections())

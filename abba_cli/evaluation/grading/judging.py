@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation import code
-from abba_cli.evaluation.grading import latex, numbers, released
+from abba_cli.evaluation.grading import code, latex, numbers, released
 from abba_cli.evaluation.grading.answers import Prediction, find_choice, find_pattern, same_text
-from abba_cli.evaluation.sandbox import run_tests
+from abba_cli.evaluation.sandbox import Limits, run_tests
 from abba_cli.evaluation.tasks import Task
 
 Grader = Literal["abba", "released"]
+# MBPP/123's own solution takes six seconds of a slow machine.
+_LIMITS = Limits(wall_seconds=30, cpu_seconds=30)
 
 
 @dataclass(frozen=True)
@@ -125,5 +126,5 @@ def _grade_code(task: Task, row: Mapping[str, Any], response: str, weaker: bool)
         tests = code.plus_tests(row)
     else:
         tests = code.humaneval_tests(row) if task.metric == "humaneval" else code.mbpp_tests(row)
-    verdict = run_tests(program, tests, weaker=weaker)
+    verdict = run_tests(program, tests, weaker=weaker, limits=_LIMITS)
     return Grade(float(verdict.passed), code.extract_code(response), note=verdict.reason)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation import plus_rules
+from abba_cli.evaluation.grading import plus_rules
 
 _RELEASE = ("base_input", "plus_input", "canonical_solution", "entry_point")
 

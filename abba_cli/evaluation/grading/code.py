@@ -7,7 +7,7 @@ from math import comb
 from typing import Any
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.plus import plus_tests
+from abba_cli.evaluation.grading.plus import plus_tests
 
 __all__ = ["extract_code", "humaneval_program", "humaneval_tests", "mbpp_program", "mbpp_tests", "pass_at_k", "plus_tests"]
 
