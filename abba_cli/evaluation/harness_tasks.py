@@ -132,7 +132,7 @@ def quiet_harness() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # Some of the harness's task files have escapes that Python warns of.
-            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.filterwarnings("ignore", message=".*invalid escape sequence")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
