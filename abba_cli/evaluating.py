@@ -9,17 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftModel
 
 from abba_cli import __version__
 from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.errors import DataError, RunError
 from abba_cli.evaluation.fingerprint import fingerprint
-from abba_cli.evaluation.harness import check_tasks, score_with_harness
+from abba_cli.evaluation.harness.scoring import check_tasks, score_with_harness
 from abba_cli.evaluation.journal import Journal, locked
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.paper import score_paper
+from abba_cli.evaluation.processes import join_processes
 from abba_cli.evaluation.questions import TaskItems, read_items
 from abba_cli.evaluation.reporting.statistics import wilson_interval
 from abba_cli.evaluation.reporting.tables import results_markdown
@@ -49,7 +49,7 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
         RunError: The output cannot be written, or code may not be run here.
     """
     start = time.monotonic()
-    state = PartialState()
+    state = join_processes()
     notes = listen if state.is_main_process else ignore
     tasks = _read_tasks(options, notes) if options.protocol == "paper" else []
     if options.protocol == "harness":
@@ -82,7 +82,7 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
             abba=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - start, 1),
-            settings=_settings(source, options),
+            settings={**_settings(source, options), "processes": state.num_processes},
             models=tuple(models),
             results=tuple(_with_differences(scores)),
         )

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation_engine.py QUESTIONS.jsonl [--rounds 5] [--rows 32] [--batch-size 8] [--tokens 48]
 
-QUESTIONS has a column `question` (GSM8K's test.jsonl, say). SmolLM2-135M answers greedily until another
-question or the longest length. Both take the same finished prompts; they take turns in one process, in another order each round. Scored twice: the base, and the
-base with an unmerged adapter, which abba merges in place first (that time is counted) and the harness takes as it is. Checks that
-both write the same text. Appends a row for each to results/evaluation-engine.jsonl and prints the table.
+QUESTIONS has a column `question` (GSM8K's test.jsonl, say). SmolLM2-135M answers greedily until another question or the longest
+length. Both take the same finished prompts; they take turns in one process, in another order each round. Scored twice: the base,
+and the base with an unmerged adapter, which abba merges in place first (that time is counted) and the harness takes as it is.
+Counts the answers that are the same text. Appends a row for each to results/evaluation-engine.jsonl and prints the table.
 """
 
 import argparse

@@ -141,6 +141,7 @@ def evaluate(
     quiet_libraries()
     from abba_cli.evaluating import evaluate as score
     from abba_cli.evaluation.options import EvaluationOptions
+    from abba_cli.evaluation.processes import join_processes
     from abba_cli.speakers import Source
     from abba_cli.ui.evaluation import EvaluationDisplay, show_results
 
@@ -172,19 +173,14 @@ def evaluate(
         output=output,
     )
     console = open_console()
+    first = join_processes().is_main_process
     with (
         interruptible("the same command goes on from here"),
-        EvaluationDisplay(console) if _is_first() else nullcontext() as display,
+        EvaluationDisplay(console) if first else nullcontext() as display,
     ):
         results, folder = score(source, options, display) if display else score(source, options)
     if display:
         show_results(console, results, folder)
-
-
-def _is_first() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 def _show_tasks() -> None:

@@ -103,13 +103,14 @@ def key_and_answer(rows: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
 def test_processes_share_the_rows(place: Path, tmp_path: Path) -> None:
     command = ["eval", "out/newest", "--tasks", "arc_c,boolq", "--data-dir", "data", "--batch-size", "4"]
     assert abba(place, *command, "--output", str(tmp_path / "one")).returncode == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "abba_cli", *command, "--output", str(tmp_path / "two")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "abba_cli"]
+    launch += [*command, "--output", str(tmp_path / "two")]
     done = subprocess.run(launch, cwd=place, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results.json, results.md") == 1
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two"))
     assert two == one
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["settings"]["processes"] == 2
     assert key_and_answer(samples(tmp_path / "two")) == key_and_answer(samples(tmp_path / "one"))
     assert not list((tmp_path / "two").glob("samples.rank*"))
 

@@ -14,8 +14,8 @@ from peft import PeftModel
 pytest.importorskip("lm_eval")
 
 from abba_cli.errors import DataError, ModelError
-from abba_cli.evaluation import harness_model
-from abba_cli.evaluation.harness import HarnessScore, score_with_harness
+from abba_cli.evaluation.harness import model as harness_model
+from abba_cli.evaluation.harness.scoring import HarnessScore, score_with_harness
 from abba_cli.events import Event, Note, Stage
 from abba_cli.speakers import Speaker
 

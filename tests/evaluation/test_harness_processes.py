@@ -24,8 +24,8 @@ sys.path[:0] = json.loads(sys.argv[1])
 from accelerate import PartialState
 assert PartialState(cpu="RANK" in os.environ).num_processes == int(os.environ.get("WORLD_SIZE", "1"))
 from harness_rows import load_speaker, settings
-from abba_cli.evaluation import harness_model
-from abba_cli.evaluation.harness import score_with_harness
+from abba_cli.evaluation.harness import model as harness_model
+from abba_cli.evaluation.harness.scoring import score_with_harness
 
 model, data, cache, out, wait = sys.argv[2:]
 computed = 0

@@ -13,8 +13,8 @@ from models import write_model
 pytest.importorskip("lm_eval")
 
 from abba_cli.errors import AbbaError, DataError, ModelError
-from abba_cli.evaluation.harness import HarnessScore, check_tasks, harness_name, score_with_harness
-from abba_cli.evaluation.harness_tasks import KNOWN, leaves, task_manager
+from abba_cli.evaluation.harness.scoring import HarnessScore, check_tasks, harness_name, score_with_harness
+from abba_cli.evaluation.harness.tasks import KNOWN, leaves, task_manager
 from abba_cli.speakers import Speaker
 
 OWN = """
@@ -85,7 +85,7 @@ import sys
 from importlib import util
 find = util.find_spec
 util.find_spec = lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
-from abba_cli.evaluation.harness import check_tasks
+from abba_cli.evaluation.harness.scoring import check_tasks
 try:
     check_tasks(["boolq"])
 except Exception as error:

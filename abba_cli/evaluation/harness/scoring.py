@@ -11,8 +11,8 @@ import numpy as np
 from accelerate import PartialState
 
 from abba_cli.errors import AbbaError, DataError, ModelError
-from abba_cli.evaluation.harness_scores import HarnessScore, scores_of
-from abba_cli.evaluation.harness_tasks import check_tasks, harness_name, is_file, quiet_harness, task_manager
+from abba_cli.evaluation.harness.scores import HarnessScore, scores_of
+from abba_cli.evaluation.harness.tasks import check_tasks, harness_name, is_file, quiet_harness, task_manager
 from abba_cli.events import Event, Note, Stage, ignore
 from abba_cli.speakers import Speaker
 
@@ -57,8 +57,8 @@ def score_with_harness(
     """
     check_tasks(tasks)
     if chat_template and not speaker.template.tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template; score it with --no-chat-template")
-    from abba_cli.evaluation.harness_model import AskedModel
+        raise DataError("the tokenizer has no chat template; leave --prompt chat out")
+    from abba_cli.evaluation.harness.model import AskedModel
 
     if not PartialState().is_main_process:
         notify = ignore
@@ -86,7 +86,7 @@ def _load(
     task: str, shots: int | None, seed: int, limit: int | None, data_dir: Path | None
 ) -> tuple[dict[str, Any], Mapping[str, str]]:
     """A task of the harness, or the tasks of a group or tag, with their rows."""
-    from abba_cli.evaluation.harness_data import check_rows, explain_local, served_data
+    from abba_cli.evaluation.harness.data import check_rows, explain_local, served_data
 
     came_from: Mapping[str, str] = {}
     with _own_draws(), _no_bars():

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetsError
 from lm_eval.api.task import ConfigurableTask
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.harness_tasks import KNOWN
+from abba_cli.evaluation.harness.tasks import KNOWN
 from abba_cli.hub import reason_for
 from abba_cli.sources import read_file
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from abba_cli.evaluation.harness_tasks import harness_name, primary_metric
+from abba_cli.evaluation.harness.tasks import harness_name, primary_metric
 from abba_cli.evaluation.results import Example
 
 _EXAMPLES = 3

@@ -1,0 +1,1 @@
+"""The protocol `harness`: a model in memory scored by lm-evaluation-harness."""
