@@ -103,7 +103,7 @@ def key_and_answer(rows: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
 def test_processes_share_the_rows(place: Path, tmp_path: Path) -> None:
     command = ["eval", "out/newest", "--tasks", "arc_c,boolq", "--data-dir", "data", "--batch-size", "4"]
     assert abba(place, *command, "--output", str(tmp_path / "one")).returncode == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "abba_cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "abba_cli"]
     launch += [*command, "--output", str(tmp_path / "two")]
     done = subprocess.run(launch, cwd=place, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
