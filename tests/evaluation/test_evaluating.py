@@ -181,6 +181,21 @@ def test_draws_are_kept_apart_by_seed_and_sample(base: Path, data: Path, tmp_pat
     assert any(texts[(str(base), "sums", row, 0)] != texts[(str(base), "sums", row, 1)] for row in range(12))
 
 
+def test_the_harness_scores_the_same_model_and_its_base(base: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
+    source = Source(str(adapter), dtype="float32")
+    results, heard = scored(source, tmp_path, data, "arc_c", protocol="harness", baseline=True)
+    found = {(one.model, one.metric): one for one in results.results}
+    assert {metric for _, metric in found} == {"acc", "acc_norm"}
+    own = found[(str(adapter), "acc_norm")]
+    assert (own.protocol, own.primary, own.n, own.extraction_failures) == ("harness", True, 60, None)
+    assert own.difference is not None
+    assert own.difference.baseline == found[(results.models[0].label, "acc_norm")].value
+    # Random weights and four choices: within four standard errors of one in four.
+    assert abs(own.value - 0.25) < 4 * (0.25 * 0.75 / 60) ** 0.5
+    alone, _ = scored(Source(model=str(base)), tmp_path / "alone", data, "arc_c", protocol="harness")
+    assert [one.value for one in alone.results] == [one.value for one in results.results if one.model == results.models[0].label]
+
+
 Answerer = Callable[[Request], str]
 
 

@@ -106,6 +106,12 @@ def test_rows_that_carry_the_wording_are_asked_as_they_are(name: str, tmp_path: 
     assert (item.asked, item.gold) == (" Odd  wording? ", gold)
 
 
+def test_boolq_in_the_columns_of_super_glue(tmp_path: Path) -> None:
+    """As the harness reads it: `label` in place of `answer`."""
+    write_rows(tmp_path / "boolq" / "validation.jsonl", *({"passage": "p", "question": "q", "label": label} for label in (0, 1)))
+    assert [item.gold for item in read_items(built_in()["boolq"], data_dir=tmp_path).items] == ["false", "true"]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real test sets are not beside this checkout")
 @pytest.mark.parametrize("name", ["arc_e", "arc_c", "obqa"])
 def test_the_wording_fits_the_released_files(name: str, tmp_path: Path) -> None:
