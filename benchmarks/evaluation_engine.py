@@ -1,12 +1,12 @@
 """How fast `abba eval` generates beside lm-evaluation-harness's own transformers backend: same model, rows, batch size, lengths.
 
-    python benchmarks/evaluation_engine.py QUESTIONS.jsonl [--rounds 5] [--rows 32] [--batch-size 8] [--tokens 48]
+    python benchmarks/evaluation_engine.py QUESTIONS.jsonl [--rounds 5] [--rows 32] [--batch-size 8] [--tokens 96]
 
-QUESTIONS has a column `question` (GSM8K's test.jsonl, say). SmolLM2-135M answers greedily until another question or the longest
-length. Both take the same finished prompts; they take turns in one process, in another order each round. Scored twice: the base,
-and the base with an adapter, which abba merges in place once (a copy and that merge are timed apart) and the harness takes as it
-is, where our `generate` keeps its weights from the first round on. Counts the answers that are the same text. Appends a row for
-each to results/evaluation-engine.jsonl and prints the table.
+QUESTIONS has a column `question` (GSM8K's test.jsonl, say). SmolLM2-135M-Instruct answers greedily, in its chat template,
+until it ends or the longest length. Both take the same finished prompts; they take turns in one process, in another order
+each round. Scored twice: the base, and the base with an adapter, which abba merges in place once (a copy and that merge are
+timed apart) and the harness takes as it is, where our `generate` keeps its weights from the first round on. Counts the
+answers that are the same text. Appends a row for each to results/evaluation-engine.jsonl and prints the table.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from abba_cli.speakers import Speaker
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "evaluation-engine.jsonl"
-STOP = "\n\nQuestion:"
+STOP = "Instruction:"
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=96)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -56,7 +56,8 @@ def main() -> None:
     tokenizer = load_tokenizer(base, recipe.model)
     model = load_model(base, recipe.model).eval()  # type: ignore[no-untyped-call]
     lines = options.questions.read_text(encoding="utf-8").splitlines()[: options.rows]
-    texts = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
+    asked = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
+    texts = [str(tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)) for one in asked]
     adapted = adapt(copy.deepcopy(model))
     start = time.perf_counter()
     merged = copy.deepcopy(adapted).merge_and_unload()

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from abba_cli.errors import ModelError
 from abba_cli.evaluation.decoding import Decoding
 from abba_cli.speakers import Speaker
 
-_LOOK_EVERY = 8  # steps between two searches for stop texts: decoding every row at every step costs more than the steps saved
+_LOOK_EVERY = 8  # steps between two looks at the batch: decoding every row at every step costs more than the steps saved
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def _try(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> list
 
 
 def _answer(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> list[Completion]:
+    """Answer a batch. Rows that have ended leave it whenever they are half of it: those that go on then cost half."""
     tokenizer = speaker.template.tokenizer
     device = speaker.model.device
     length = max(len(request.ids) for request in batch)
@@ -150,20 +151,43 @@ def _answer(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> l
         draw = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         # By the batch, so that an evaluation that goes on draws what it would have drawn.
         torch.manual_seed(decoding.seed * 1_000_003 + batch[0].number)
-    stop = batch[0].stop
-    criteria = StoppingCriteriaList([_StopTexts(tokenizer, stop, length)] if stop else [])
-    with torch.no_grad():
-        output = speaker.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=batch[0].max_tokens,
-            eos_token_id=ends,
-            pad_token_id=pad,
-            use_cache=True,
-            stopping_criteria=criteria,
-            **draw,
-        )
-    return [_completion(tokenizer, request, row, ends) for request, row in zip(batch, output[:, length:].tolist(), strict=True)]
+    rows = list(range(len(batch)))
+    said: list[list[int]] = [[] for _ in batch]
+    cache = None
+    left = batch[0].max_tokens
+    while rows and left:
+        watch = _Watch(tokenizer, ends, batch[0].stop, length)
+        with torch.no_grad():
+            output = speaker.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=left,
+                eos_token_id=ends,
+                pad_token_id=pad,
+                use_cache=True,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                return_dict_in_generate=True,
+                **draw,
+            )
+        new = output.sequences[:, ids.shape[1] :]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            said[row] += tokens
+        left -= new.shape[1]
+        going = (~watch.done).nonzero().flatten()
+        rows = [rows[place] for place in going.tolist()]
+        ids = output.sequences[going]
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)[going]
+        cache = _of_rows(getattr(output, "past_key_values", None), going)
+    return [_completion(tokenizer, request, tokens, ends) for request, tokens in zip(batch, said, strict=True)]
+
+
+def _of_rows(cache: Any, rows: torch.Tensor) -> Any:
+    """The keys and values of some rows; None, which has them computed again, where a cache cannot be cut."""
+    if not len(rows) or not isinstance(cache, DynamicCache):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _completion(tokenizer: Any, request: Request, row: list[int], ends: Sequence[int]) -> Completion:
@@ -175,22 +199,27 @@ def _completion(tokenizer: Any, request: Request, row: list[int], ends: Sequence
     return Completion(request.number, text, len(kept) + (end is not None), complete=end is not None or bool(found))
 
 
-class _StopTexts(StoppingCriteria):
-    """Ends a row once a stop text stands in its answer, looked for every few steps."""
+class _Watch(StoppingCriteria):
+    """Sees which rows have ended, by a token or a stop text (looked for every few steps), and stops all when half have."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer, self.stop, self.start = tokenizer, stop, prompt_length
+    def __init__(self, tokenizer: Any, ends: Sequence[int], stop: Sequence[str], answer_from: int) -> None:
+        self.tokenizer, self.ends, self.stop, self.answer_from = tokenizer, ends, stop, answer_from
         # A token is at least one byte, so this many tokens hold the longest stop text.
-        self.window = max(len(text.encode()) for text in stop) + _LOOK_EVERY
-        self.done: torch.Tensor | None = None
+        self.window = max((len(text.encode()) for text in stop), default=0) + _LOOK_EVERY
+        self.done = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.done is None:
+        if not len(self.done):
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        if (input_ids.shape[1] - self.start) % _LOOK_EVERY == 0:
-            tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - self.window) :])
-            found = [any(text in tail for text in self.stop) for tail in tails]
-            self.done = self.done | torch.tensor(found, device=input_ids.device)
+        self.done = self.done | torch.isin(input_ids[:, -1], torch.tensor(self.ends, device=input_ids.device))
+        steps = input_ids.shape[1] - self.answer_from
+        if steps % _LOOK_EVERY == 0:
+            if self.stop:
+                tails = self.tokenizer.batch_decode(input_ids[:, max(self.answer_from, input_ids.shape[1] - self.window) :])
+                found = [any(text in tail for text in self.stop) for tail in tails]
+                self.done = self.done | torch.tensor(found, device=input_ids.device)
+            if len(self.done) > 1 and int(self.done.sum()) * 2 >= len(self.done):
+                return torch.ones_like(self.done)
         return self.done
 
 

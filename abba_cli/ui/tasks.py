@@ -21,8 +21,8 @@ def show_tasks(console: Console) -> None:
             table.add_row(f"  {name}", f"{task.rows:,}", metric, str(task.max_tokens), protocols, source, others)
     console.print(table)
     console.print(
-        "\npaper: greedy answers of at most so many tokens, read as the paper does. harness: lm-evaluation-harness, by log-likelihood "
-        "where it does so; any of its own task names works there.\n"
+        "\npaper: greedy answers of at most so many tokens, read as the paper does. harness: lm-evaluation-harness, by "
+        "log-likelihood where it does so; any of its own task names works there.\n"
         "A task of your own is a .yaml file: see docs/evaluation.md.",
         highlight=False,
         soft_wrap=not console.is_terminal,

@@ -71,6 +71,20 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(speaker: Speaker) -> No
         assert found[number].tokens < 40
 
 
+def test_rows_that_have_ended_leave_the_batch(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = one_by_one(speaker, 40)
+    # Every other row ends early; the others go on alone, from their keys and values.
+    stops = tuple({text[3:6] for text in whole[::2]} - {""})
+    sizes = short_of_memory(speaker, 64, monkeypatch)
+    found = answered(speaker, requests(speaker, 40, stops), 64)
+    assert sizes[0] == len(TEXTS)
+    assert len(sizes) > 1
+    assert sizes[1] <= len(TEXTS) / 2
+    for number, text in enumerate(whole):
+        cut = min([text.find(stop) for stop in stops if stop in text], default=len(text))
+        assert found[number].text == text[:cut]
+
+
 def test_the_plan_puts_like_lengths_together_longest_first(speaker: Speaker) -> None:
     asked = requests(speaker)
     batches = plan_batches(asked, 4)

@@ -183,7 +183,7 @@ def test_draws_are_kept_apart_by_seed_and_sample(base: Path, data: Path, tmp_pat
 
 def test_the_harness_scores_the_same_model_and_its_base(base: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
     source = Source(str(adapter), dtype="float32")
-    results, heard = scored(source, tmp_path, data, "arc_c", protocol="harness", baseline=True)
+    results, _ = scored(source, tmp_path, data, "arc_c", protocol="harness", baseline=True)
     found = {(one.model, one.metric): one for one in results.results}
     assert {metric for _, metric in found} == {"acc", "acc_norm"}
     own = found[(str(adapter), "acc_norm")]
