@@ -153,7 +153,8 @@ def _answer_all(
             record = _record(model, items, by_number[completion.number], completion, options)
             _keep(record, known, journal)
             done, correct = done + 1, correct + record["score"]
-            listen(Scored(model.label, items.task.name, done, len(numbers), correct, reused))
+        # By the batch: its rows come all at once, and the time left would jump with each.
+        listen(Scored(model.label, items.task.name, done, len(numbers), correct, reused))
 
 
 def _keep(record: Record, known: dict[str, Record], journal: Journal) -> None:
