@@ -12,7 +12,8 @@ from abba_cli.hub import explain
 
 TOKEN = "HF_TOKEN"
 # States to go on from are of no use to anyone else, and many times the adapter's size.
-LEFT_OUT = ["checkpoints/*", "samples.jsonl", "abba.json", ".*", "*/.*", "*.partial"]
+# Samples are rows of other people's data sets.
+LEFT_OUT = ["checkpoints/*", "samples.jsonl", "*/samples*.jsonl", "*/harness/*", "abba.json", ".*", "*/.*", "*.partial"]
 _UPLOADABLE = ("adapter_config.json", "config.json", "*.gguf")
 
 

@@ -68,10 +68,13 @@ def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_run_goes_up_without_its_checkpoints(adapter: Path, hub: type[LocalHub], tmp_path: Path) -> None:
     (adapter / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     (adapter / "checkpoints" / "checkpoint-2" / "optimizer.pt").write_text("large")
+    (adapter / "eval" / "harness").mkdir(parents=True)
+    for name in ("results.md", "samples.jsonl", "samples.rank1.jsonl", ".lock", "harness/harness-x.0.jsonl"):
+        (adapter / "eval" / name).touch()
     (adapter / ".lock").touch()
     assert push(adapter, "someone/thing") == "https://hub.test/someone/thing"
     uploaded = {str(file.relative_to(hub.root / "someone/thing")) for file in hub.root.rglob("*") if file.is_file()}
-    assert uploaded == {"visibility", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert uploaded == {"visibility", "README.md", "adapter_config.json", "adapter_model.safetensors", "eval/results.md"}
     assert (hub.root / "someone/thing/visibility").read_text() == "private"
     push(adapter, "someone/open", public=True)
     assert (hub.root / "someone/open/visibility").read_text() == "public"
