@@ -16,20 +16,20 @@ from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.errors import DataError, RunError
 from abba_cli.evaluation.fingerprint import fingerprint
 from abba_cli.evaluation.harness.scoring import check_tasks, score_with_harness
-from abba_cli.evaluation.journal import Journal, locked
+from abba_cli.evaluation.journal import Journal, check_folder, locked
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.paper import score_paper
 from abba_cli.evaluation.processes import join_processes
 from abba_cli.evaluation.questions import TaskItems, read_items
 from abba_cli.evaluation.reporting.statistics import wilson_interval
 from abba_cli.evaluation.reporting.tables import results_markdown
-from abba_cli.evaluation.results import ModelRecord, Results, TaskResult, write_results
+from abba_cli.evaluation.results import RESULTS_FILE, ModelRecord, Results, TaskResult, added_to, read_results, write_results
 from abba_cli.evaluation.sandbox import missing_protections
 from abba_cli.evaluation.scores import TaskScore, beside_baseline
 from abba_cli.evaluation.tasks import GROUPS, find_tasks
 from abba_cli.evaluation.vllm import check_vllm, serving
 from abba_cli.events import Listener, Note, Stage, ignore
-from abba_cli.speakers import RUNS, Source, Speaker, load_for_generation
+from abba_cli.speakers import RUNS, Source, Speaker, load_for_generation, named_adapter
 
 
 def evaluate(source: Source, options: EvaluationOptions, listen: Listener = ignore) -> tuple[Results, Path]:
@@ -51,6 +51,10 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
     start = time.monotonic()
     state = join_processes()
     notes = listen if state.is_main_process else ignore
+    if source.model is None:
+        named_adapter(source.adapter)
+    if options.output:
+        check_folder(options.output.expanduser())
     tasks = _read_tasks(options, notes) if options.protocol == "paper" else []
     if options.protocol == "harness":
         _check_harness(options)
@@ -61,6 +65,8 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
     if source.model is None and speakers[-1].label.rstrip("/") != (source.adapter or "").rstrip("/"):
         notes(Note(f"scoring {speakers[-1].label}, the newest finished run there"))
     folder = options.output.expanduser() if options.output else default_output(source, speakers[-1])
+    if state.is_main_process:
+        check_folder(folder)
     with locked(folder) if state.is_main_process else nullcontext():
         journal = Journal(folder, state.process_index)
         if options.fresh and state.is_main_process:
@@ -87,6 +93,8 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
             results=tuple(_with_differences(scores)),
         )
         if state.is_main_process:
+            if (folder / RESULTS_FILE).is_file() and not options.fresh:
+                results = added_to(read_results(folder), results)
             write_results(folder, results)
             with disk_errors(folder):
                 write_atomically(folder / "results.md", results_markdown(results))

@@ -91,7 +91,7 @@ def load_for_generation(source: Source, compare: bool = False) -> list[Speaker]:
     """
     if source.model is not None:
         return _load_plain(source, compare)
-    adapter = open_adapter(_named_adapter(source.adapter))
+    adapter = open_adapter(named_adapter(source.adapter))
     record = recorded_base(adapter)
     base = resolve_base([adapter], source.base, source.revision, source.force)
     section = _section(source, source.dtype or _known_dtype(record.dtype, otherwise="bfloat16"))
@@ -155,7 +155,12 @@ def _load_plain(source: Source, compare: bool) -> list[Speaker]:
     return speakers
 
 
-def _named_adapter(named: str | None) -> Path:
+def named_adapter(named: str | None) -> Path:
+    """The folder of the adapter that a command names; nothing is the newest finished run under out/.
+
+    Raises:
+        ModelError: There is none.
+    """
     if named is not None:
         return find_adapter(named)
     try:

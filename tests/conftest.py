@@ -11,11 +11,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from abba_cli.bases import package_folder
+
+# The same cases on every machine and every time: a failure is then the change's.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -3,23 +3,31 @@
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from abba_cli.disk import append_jsonl, disk_errors, write_atomically
-from abba_cli.errors import RunError
+from abba_cli.errors import DataError, RunError
 from abba_cli.evaluation.decoding import Decoding
 from abba_cli.evaluation.engine import Request
+from abba_cli.evaluation.results import RESULTS_FILE, read_results
 
 SAMPLES_FILE = "samples.jsonl"
 
 
-def answer_key(fingerprint: str, request: Request, ends: Sequence[int], decoding: Decoding, sample: int, backend: str) -> str:
-    """Digest of all that an answer depends on: the weights, the prompt's tokens, what ends it, and how tokens are chosen."""
+def answer_key(
+    fingerprint: str, task: str, row: int, request: Request, ends: Sequence[int], decoding: Decoding, sample: int, backend: str
+) -> str:
+    """Digest of whose answer it is and of all that it depends on.
+
+    The weights, the prompt's tokens, what ends it, and how tokens are chosen; and the task and row, since two rows may ask the
+    same and have other right answers.
+    """
     settings = [decoding.temperature, decoding.top_p, decoding.top_k, decoding.seed, sample] if decoding.temperature else []
-    parts = [fingerprint, request.ids, request.stop, request.max_tokens, list(ends), settings, backend]
+    parts = [fingerprint, task, row, request.ids, request.stop, request.max_tokens, list(ends), settings, backend]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -36,15 +44,16 @@ class Journal:
         self._own = folder / (SAMPLES_FILE if rank == 0 else f"samples.rank{rank}.jsonl")
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All answers by their key; a line that a kill has cut short is left out."""
+        """All answers by their key; a line that a kill has cut short, or that is damaged, is left out."""
         found = {}
         for file in self._files():
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    found[record["key"]] = record
-                except (ValueError, KeyError, TypeError):
+                except ValueError:
                     continue
+                if _is_record(record):
+                    found[record["key"]] = record
         return found
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -67,6 +76,35 @@ class Journal:
 
     def _files(self) -> list[Path]:
         return [file for file in (self.folder / SAMPLES_FILE, *sorted(self.folder.glob("samples.rank*.jsonl"))) if file.is_file()]
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict):
+        return False
+    texts = ("key", "model", "fingerprint", "task", "prompt", "response", "gold", "graded")
+    right = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("score"), float)
+    return right and {"prediction", "marked", "other_grader"} <= record.keys()
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that a folder may take results, before a model is loaded.
+
+    Raises:
+        RunError: It is a file, or holds a results.json or samples.jsonl that is not ours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--output {folder} is a file; expected a folder, or a name that is free")
+    nearest = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write to {nearest}; choose another --output")
+    results, samples = folder / RESULTS_FILE, folder / SAMPLES_FILE
+    if results.is_file():
+        try:
+            read_results(results)
+        except DataError as error:
+            raise RunError(f"{error}; it is not replaced: choose another --output, or move it away") from None
+    if samples.is_file() and samples.read_bytes().strip() and not Journal(folder).read():
+        raise RunError(f"{samples} was not written by `abba eval`, so it is not touched; choose another --output")
 
 
 @contextmanager

@@ -99,7 +99,9 @@ def _asked(speaker: Speaker, model: ModelRecord, items: TaskItems, options: Eval
         request = within_positions(whole, speaker.positions)
         cut += request is None
         for sample in range(decoding.samples):
-            key = answer_key(model.fingerprint, whole, ends, decoding, sample, options.backend)
+            key = answer_key(
+                model.fingerprint, items.task.name, question.item.number, whole, ends, decoding, sample, options.backend
+            )
             number = question.item.number * decoding.samples + sample
             found.append(
                 _Asked(question, sample, Request(number, question.ids, question.stop, request.max_tokens if request else 0), key)

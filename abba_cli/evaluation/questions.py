@@ -138,6 +138,8 @@ def _items(task: Task, found: TaskRows, limit: int | None) -> tuple[list[Item], 
     for place, row in found.rows:
         if limit is not None and len(items) == limit:
             break
+        # A column that holds nothing is not there: it must not be asked as the word None.
+        row = {column: value for column, value in row.items() if value is not None}
         try:
             asked, right = prompt(row), answer(row)
             if not asked.strip():
@@ -145,7 +147,9 @@ def _items(task: Task, found: TaskRows, limit: int | None) -> tuple[list[Item], 
             continued = completion(row) if completion else None
             items.append(Item(len(items), row, asked, continued, right, gold_of(task, right)))
         except DataError as error:
-            unreadable.append(f"{place}: {error}")
+            # The templates stand in the task file; a line about a row has no room for them.
+            text = str(error).replace(f" {task.prompt!r}", "").replace(f" {task.answer!r}", "")
+            unreadable.append(f"{place}: {text}")
     return items, unreadable
 
 

@@ -88,6 +88,32 @@ class Results(_Record):
     results: tuple[TaskResult, ...] = Field(description="One for each model, task and metric.")
 
 
+def added_to(before: Results, new: Results) -> Results:
+    """New results together with those that the folder has of the same model: other tasks, the other protocol, its baseline.
+
+    Args:
+        before: What results.json holds.
+        new: Of the evaluation that has just ended; they take the place of older ones of the same task and protocol.
+
+    Returns:
+        Both; only the new ones where the older are another model's, or the same model's under another template.
+    """
+
+    def identity(results: Results) -> list[tuple[str, str, str]]:
+        return [(one.label, one.fingerprint, one.template) for one in results.models if one.role == "model"]
+
+    if identity(before) != identity(new):
+        return new
+    again = {(one.model, one.task, one.protocol) for one in new.results}
+    kept = [one for one in before.results if (one.model, one.task, one.protocol) not in again]
+    labels = {one.label for one in new.models}
+    models = [one for one in before.models if one.label not in labels and any(one.label == result.model for result in kept)]
+    in_order = sorted([*models, *new.models], key=lambda one: one.role != "baseline")
+    places = {one.label: place for place, one in enumerate(in_order)}
+    results = sorted([*kept, *new.results], key=lambda one: places.get(one.model, 0))
+    return new.model_copy(update={"models": tuple(in_order), "results": tuple(results)})
+
+
 def write_results(folder: Path, results: Results) -> None:
     """Write results.json, whole or not at all."""
     with disk_errors(folder):

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from abba_cli.errors import DataError
-from abba_cli.evaluation.tasks import Task
+from abba_cli.evaluation.tasks import SUFFIXES, Task
 from abba_cli.formats import Row
 from abba_cli.recipe import SourceSection
 from abba_cli.sources import read_file, read_hub
-
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 
 
 @dataclass(frozen=True)

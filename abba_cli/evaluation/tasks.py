@@ -19,6 +19,7 @@ GROUPS = {
     "code": ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus"),
 }
 CODE_METRICS = GROUPS["code"]
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 _FOLDER = Path(__file__).parent / "benchmarks"
 
 Metric = Literal["choice", "exact", "number", "latex", "humaneval", "humaneval_plus", "mbpp", "mbpp_plus"]
@@ -106,7 +107,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
             tasks = [built_in()[one] for one in GROUPS.get(name.lower()) or (canonical_name(name),)]
         for task in tasks:
             if found.setdefault(task.name, task) != task:
-                raise DataError(f"two tasks are called {task.name}; give {name} another name")
+                raise DataError(f"two tasks are called {task.name}; give the one in your task file another name")
     if not found:
         raise DataError("no task is named; `abba eval --list` shows them")
     return list(found.values())
@@ -156,7 +157,7 @@ def read_task(path: Path) -> Task:
         head = [f"{path} has {len(problems)} problems:"] if len(problems) > 1 else []
         raise DataError("\n  ".join([*head, *problems])) from None
     local = path.parent / Path(task.data.path).expanduser()
-    if local.exists() or task.data.path.startswith((".", "/", "~")):
+    if local.exists() or task.data.path.startswith((".", "/", "~")) or task.data.path.endswith(SUFFIXES):
         task = task.model_copy(update={"data": task.data.model_copy(update={"path": str(local)})})
     return task
 

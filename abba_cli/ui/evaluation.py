@@ -101,7 +101,7 @@ def show_results(console: Console, results: Results, folder: Path) -> None:
     for one in asked:
         for example in _chosen(one.examples, 2 if len(asked) <= _FEW_TASKS else 1):
             _show_example(console, one.task, example)
-    files = ", ".join(sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")))
+    files = ", ".join(name for name in ("results.json", "results.md", "samples.jsonl") if (folder / name).is_file())
     console.print(Text.assemble(f"{files} in ", (str(folder), "bold")), soft_wrap=not console.is_terminal)
 
 

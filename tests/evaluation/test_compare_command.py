@@ -77,9 +77,10 @@ def test_only_files_of_ours_are_replaced(run: Run, sources: list[Path], tmp_path
         (None, "holds no results.json; `abba eval` writes one into its --output"),
         ("{", "is not a results file of `abba eval`: Expecting property name"),
         ("\xff", "is not a results file of `abba eval`: 'utf-8' codec can't decode"),
-        ("[]", "Input should be a valid dictionary"),
-        ("{}", "is not a results file of `abba eval`: abba: Field required"),
-        ('{"schema_version": 2}', "schema_version: Input should be 1"),
+        ("[]", "is not a results file of `abba eval`: no schema_version in it"),
+        ("{}", "is not a results file of `abba eval`: no schema_version in it"),
+        ('{"schema_version": 1}', "is not a results file of `abba eval`: abba: Field required"),
+        ('{"schema_version": 2}', "schema_version is 2, this version of abba reads 1"),
     ],
 )
 def test_sources_that_are_none(run: Run, sources: list[Path], tmp_path: Path, content: str | None, message: str) -> None:
@@ -97,7 +98,7 @@ def test_sources_that_are_none(run: Run, sources: list[Path], tmp_path: Path, co
 
 def test_a_path_that_is_not_there(run: Run, tmp_path: Path) -> None:
     code, _, err = run(tmp_path / "nothing")
-    assert (code, err) == (1, f"abba: {tmp_path}/nothing holds no results.json; `abba eval` writes one into its --output\n")
+    assert (code, err) == (1, f"abba: {tmp_path}/nothing does not exist; expected a run, or a folder that `abba eval` wrote\n")
 
 
 def test_names_that_end_otherwise(run: Run, sources: list[Path], tmp_path: Path) -> None:

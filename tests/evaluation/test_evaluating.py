@@ -230,6 +230,61 @@ def result_of(results: Results) -> TaskResult:
     return one
 
 
+def test_rows_that_ask_the_same_are_judged_by_their_own_answers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answers_in_order in (("first", ("Rome", "Bern")), ("second", ("Bern", "Rome"))):
+        rows = [{"q": "Capital?", "a": answer} for answer in answers_in_order]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"name: {name}\ndata: {{path: {name}.jsonl}}\nprompt: '{{{{ q }}}}'\nanswer: '{{{{ a }}}}'\nmetric: exact\n"
+            "pattern: '\\w+'\n"
+        )
+    with_stub(monkeypatch, base, lambda request: "Rome")
+    tasks = [str(tmp_path / f"{name}.yaml") for name in ("first", "second")]
+    results, heard = scored(Source(model=str(base), template="none"), tmp_path / "out", tmp_path, *tasks)
+    assert asked_anew(heard) == 4
+    assert [[one.score for one in task.examples] for task in results.results] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [one.value for one in results.results] == [0.5, 0.5]
+
+
+def test_another_task_is_added_to_the_results_and_other_weights_replace_them(
+    base: Path, adapter: Path, data: Path, tmp_path: Path
+) -> None:
+    source = Source(str(adapter), template="none", dtype="float32")
+    scored(source, tmp_path, data, "arc_c", baseline=True)
+    results, _ = scored(source, tmp_path, data, "sums")
+    labels = [one.label for one in results.models]
+    assert [one.role for one in results.models] == ["baseline", "model"]
+    assert [(one.model, one.task) for one in results.results] == [(labels[0], "arc_c"), (labels[1], "arc_c"), (labels[1], "sums")]
+    again, _ = scored(source, tmp_path, data, "sums", limit=3)
+    assert [one.n for one in again.results] == [60, 60, 3]
+    other, _ = scored(Source(model=str(base), template="none"), tmp_path, data, "sums")
+    assert [(one.model, one.task) for one in other.results] == [(str(base), "sums")]
+
+
+@pytest.mark.parametrize("damage", ['{"key": 5}', '{"key": "a", "score": "x"}', "[1]", '"text"', "\x00\xff", '{"key": "cut sh'])
+def test_damaged_lines_are_passed_over(base: Path, data: Path, tmp_path: Path, damage: str) -> None:
+    source = Source(model=str(base), template="none")
+    whole, _ = scored(source, tmp_path, data, limit=3)
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    without_answer = json.dumps({key: value for key, value in json.loads(lines[0]).items() if key != "response"})
+    (tmp_path / "samples.jsonl").write_text("\n".join([without_answer, damage, *lines[1:]]))
+    found, heard = scored(source, tmp_path, data, limit=3)
+    assert asked_anew(heard) == 1
+    assert found.results == whole.results
+
+
+@pytest.mark.parametrize("name", ["results.json", "samples.jsonl"])
+def test_files_that_are_not_ours_are_left_alone(base: Path, data: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "precious"}\n')
+    said = refused(Source(model=str(base), template="none"), data, tmp_path, "arc_c")
+    assert str(tmp_path / name) in said
+    assert (tmp_path / name).read_text() == '{"text": "precious"}\n'
+    (tmp_path / "file").touch()
+    assert "is a file; expected a folder" in refused(Source(model=str(base)), data, tmp_path / "file", "arc_c")
+
+
 def test_the_released_grader_and_what_it_judges_differently(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

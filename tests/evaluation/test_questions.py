@@ -56,6 +56,13 @@ def test_rows_that_cannot_be_read_are_named_by_line_and_counted(tmp_path: Path) 
     assert "uses `answer`, which is not there" in items.unreadable[2]
 
 
+def test_a_column_that_holds_nothing_is_not_asked_as_a_word(tmp_path: Path) -> None:
+    write_rows(tmp_path / "gsm8k" / "test.jsonl", word_problem(1), {"question": None, "answer": "#### 3"})
+    items = read_items(GSM8K, data_dir=tmp_path)
+    assert len(items.items) == 1
+    assert "the prompt of task gsm8k uses `question`, which is not there: found `answer`" in items.unreadable[0]
+
+
 def test_a_file_without_a_readable_row_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "gsm8k" / "test.jsonl", {"text": "x"})
     with pytest.raises(DataError, match=r"task gsm8k: no row can be read; the first: .*test.jsonl:1: .*`question`"):

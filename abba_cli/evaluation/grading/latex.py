@@ -25,6 +25,12 @@ def find_latex(response: str) -> Prediction:
     Whichever comes last: what follows `The answer is:`, or a \boxed{}. Then what follows `####`; then, without a mark, the last
     formula between dollar signs or the last number.
     """
+    found = _last_formula(response)
+    # Control characters that Python takes for white space may be all that is there.
+    return found if found.text is None or found.text.strip() else Prediction(None, marked=found.marked)
+
+
+def _last_formula(response: str) -> Prediction:
     text = own_part(response)
     box = next(reversed(list(_boxes(text))), None)
     marks = list(ANSWER_IS.finditer(text))
@@ -92,7 +98,16 @@ def same_latex(gold: str, prediction: str) -> bool:
     left, right = formulas.for_algebra(expected), formulas.for_algebra(given)
     if left is None or right is None or set(kinds) == {"(", "{"}:
         return False
-    return left == right or judged_equal("math-verify", left, right)
+    # The parser's readings of a percent sign differ with its version, so both are given to it in words of its own.
+    pairs = [(one, other) for one in _percent_readings(left) for other in _percent_readings(right)]
+    return any(one == other or judged_equal("math-verify", one, other) for one, other in pairs)
+
+
+def _percent_readings(formula: str) -> list[str]:
+    if not formula.endswith(r"\%"):
+        return [formula]
+    number = formula.removesuffix(r"\%").rstrip()
+    return [number, rf"\frac{{{number}}}{{100}}"]
 
 
 def _statement(text: str, any_words: bool) -> str | None:
