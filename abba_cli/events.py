@@ -109,7 +109,10 @@ class Wrote:
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows of a task so far: `done` of `total` (`reused` of them from an earlier evaluation), `correct` is the sum of scores."""
+    """Rows of a task so far: `done` of `total` (`reused` of them from an earlier evaluation), `correct` is the sum of scores.
+
+    Between two batches `tokens` of at most `most_tokens` are written for the next rows.
+    """
 
     model: str
     task: str
@@ -117,6 +120,8 @@ class Scored:
     total: int
     correct: float
     reused: int
+    tokens: int = 0
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -486,7 +486,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         2,
         "--base goes with an adapter, or with --model",
     ),
-    "a model without its base": (["generate", "hi", "--model", "x", "--compare"], 1, "to compare x with its base, name that with"),
+    "a model without its base": (
+        ["generate", "hi", "--model", "x", "--compare"],
+        1,
+        "to compare x with its base, name that with",
+    ),
     "an adapter as model": (
         ["generate", "hi", "--model", "out/newest"],
         1,

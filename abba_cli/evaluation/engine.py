@@ -86,6 +86,7 @@ def answer_batches(
     batches: Sequence[Sequence[Request]],
     decoding: Decoding,
     on_smaller: Callable[[int], object] = lambda size: None,
+    on_tokens: Callable[[int, int], object] = lambda tokens, most: None,
 ) -> Iterator[list[Completion]]:
     """Answer batches one after the other.
 
@@ -94,6 +95,7 @@ def answer_batches(
         batches: From `plan_batches`.
         decoding: How tokens are chosen.
         on_smaller: Called with the new batch size when memory ran out.
+        on_tokens: Called every few steps with the tokens that the current batch has, and the most it may have.
 
     Yields:
         The answers of one batch.
@@ -110,7 +112,7 @@ def answer_batches(
                 if size is not None and len(part) > size:
                     waiting = [part[at : at + size] for at in range(0, len(part), size)] + waiting
                     continue
-                if (answers := _try(speaker, part, decoding)) is None:
+                if (answers := _try(speaker, part, decoding, on_tokens)) is None:
                     if len(part) == 1:
                         raise ModelError(
                             f"out of memory with one prompt of {len(part[0].ids):,} tokens at a time; load the model with "
@@ -123,10 +125,12 @@ def answer_batches(
                 yield answers
 
 
-def _try(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> list[Completion] | None:
+def _try(
+    speaker: Speaker, batch: Sequence[Request], decoding: Decoding, on_tokens: Callable[[int, int], object]
+) -> list[Completion] | None:
     """Answer a batch; None where memory ran out, after what it held is free again."""
     try:
-        return _answer(speaker, batch, decoding)
+        return _answer(speaker, batch, decoding, on_tokens)
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -137,7 +141,9 @@ def _try(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> list
     return None
 
 
-def _answer(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> list[Completion]:
+def _answer(
+    speaker: Speaker, batch: Sequence[Request], decoding: Decoding, on_tokens: Callable[[int, int], object]
+) -> list[Completion]:
     """Answer a batch. Rows that have ended leave it whenever they are half of it: those that go on then cost half."""
     tokenizer = speaker.template.tokenizer
     device = speaker.model.device
@@ -156,7 +162,7 @@ def _answer(speaker: Speaker, batch: Sequence[Request], decoding: Decoding) -> l
     cache = None
     left = batch[0].max_tokens
     while rows and left:
-        watch = _Watch(tokenizer, ends, batch[0].stop, length)
+        watch = _Watch(tokenizer, ends, batch[0].stop, length, lambda tokens: on_tokens(tokens, batch[0].max_tokens))
         with torch.no_grad():
             output = speaker.model.generate(
                 input_ids=ids,
@@ -202,8 +208,11 @@ def _completion(tokenizer: Any, request: Request, row: list[int], ends: Sequence
 class _Watch(StoppingCriteria):
     """Sees which rows have ended, by a token or a stop text (looked for every few steps), and stops all when half have."""
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int], stop: Sequence[str], answer_from: int) -> None:
+    def __init__(
+        self, tokenizer: Any, ends: Sequence[int], stop: Sequence[str], answer_from: int, on_tokens: Callable[[int], object]
+    ) -> None:
         self.tokenizer, self.ends, self.stop, self.answer_from = tokenizer, ends, stop, answer_from
+        self.on_tokens = on_tokens
         # A token is at least one byte, so this many tokens hold the longest stop text.
         self.window = max((len(text.encode()) for text in stop), default=0) + _LOOK_EVERY
         self.done = torch.zeros(0, dtype=torch.bool)
@@ -214,6 +223,7 @@ class _Watch(StoppingCriteria):
         self.done = self.done | torch.isin(input_ids[:, -1], torch.tensor(self.ends, device=input_ids.device))
         steps = input_ids.shape[1] - self.answer_from
         if steps % _LOOK_EVERY == 0:
+            self.on_tokens(steps)
             if self.stop:
                 tails = self.tokenizer.batch_decode(input_ids[:, max(self.answer_from, input_ids.shape[1] - self.window) :])
                 found = [any(text in tail for text in self.stop) for tail in tails]

@@ -147,6 +147,7 @@ def _answer_all(
             [batch for batch in waiting if batch],
             decoding,
             lambda smaller: listen(Note(f"out of memory; going on with {smaller} prompts at a time")),
+            lambda tokens, most: listen(Scored(model.label, items.task.name, done, len(numbers), correct, reused, tokens, most)),
         )
     else:
         answers = backend([batch for batch in waiting if batch], decoding)

@@ -79,7 +79,8 @@ class EvaluationDisplay:
             return
         # Reused rows take no time: only the others tell how fast it goes.
         left = duration((now - since) / (fresh - before) * (event.total - event.done)) if fresh > before else "-:--"
-        status = f"{event.done:,}/{event.total:,}  {score} so far, {left} left"
+        batch = f", {event.tokens}/{event.most_tokens} tokens of the next" if event.tokens else ""
+        status = f"{event.done:,}/{event.total:,}  {score} so far{batch}, {left} left"
         self._bar.show(name, event.done, event.total, status, line=f"  {name}  {status}")
 
     def _print(self, text: Text) -> None:

@@ -85,6 +85,13 @@ def test_rows_that_have_ended_leave_the_batch(speaker: Speaker, monkeypatch: pyt
         assert found[number].text == text[:cut]
 
 
+def test_the_tokens_of_a_batch_are_told_as_they_come(speaker: Speaker) -> None:
+    told: list[tuple[int, int]] = []
+    batches = plan_batches(requests(speaker, 20)[:3], 4)
+    list(answer_batches(speaker, batches, Decoding(), on_tokens=lambda tokens, most: told.append((tokens, most))))
+    assert told == [(8, 20), (16, 20)]
+
+
 def test_the_plan_puts_like_lengths_together_longest_first(speaker: Speaker) -> None:
     asked = requests(speaker)
     batches = plan_batches(asked, 4)

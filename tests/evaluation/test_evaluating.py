@@ -203,7 +203,7 @@ def with_stub(monkeypatch: pytest.MonkeyPatch, base: Path, answerer: Answerer) -
     """Has a function write the answers in place of the model."""
 
     def stub(
-        speaker: Any, batches: Sequence[Sequence[Request]], decoding: Decoding, on_smaller: Any = None
+        speaker: Any, batches: Sequence[Sequence[Request]], decoding: Decoding, *listeners: Any
     ) -> Iterator[list[Completion]]:
         for batch in batches:
             yield [Completion(one.number, answerer(one), 5, True) for one in batch]
