@@ -77,7 +77,7 @@ def evaluate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base or of --model.")] = None,
     force: ForceOption = False,
-    baseline: Annotated[bool, typer.Option(help="Score the untouched base beside it, with a paired test.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score the untouched base beside it, with a paired test.")] = False,
     protocol: Annotated[
         ProtocolName, typer.Option(help="The paper's prompts and extraction, or lm-evaluation-harness.")
     ] = ProtocolName.paper,
@@ -93,7 +93,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each task.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before each question.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to score, in place of each task's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of worked examples, and of draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of worked examples, and of draws.")] = 0,
     sampling: Annotated[
         SamplingName, typer.Option(help="The likeliest token each time, or draws as the paper's released code makes them.")
     ] = SamplingName.greedy,
