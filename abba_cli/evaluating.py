@@ -16,7 +16,7 @@ from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.errors import DataError, RunError
 from abba_cli.evaluation.fingerprint import fingerprint
 from abba_cli.evaluation.harness.scoring import check_tasks, score_with_harness
-from abba_cli.evaluation.journal import Journal, check_folder, locked
+from abba_cli.evaluation.journal import HARNESS_FOLDER, Journal, check_folder, locked
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.paper import score_paper
 from abba_cli.evaluation.processes import join_processes
@@ -126,7 +126,7 @@ def score_by_harness(
         speaker,
         _expanded(options.tasks),
         fingerprint=model.fingerprint,
-        cache=folder / "harness",
+        cache=folder / HARNESS_FOLDER,
         limit=options.limit,
         shots=options.shots,
         seed=options.seed,

@@ -16,6 +16,7 @@ from abba_cli.evaluation.engine import Request
 from abba_cli.evaluation.results import RESULTS_FILE, read_results
 
 SAMPLES_FILE = "samples.jsonl"
+HARNESS_FOLDER = "harness"
 
 
 def answer_key(
@@ -42,6 +43,7 @@ class Journal:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
         self._own = folder / (SAMPLES_FILE if rank == 0 else f"samples.rank{rank}.jsonl")
+        self._mended = False
 
     def read(self) -> dict[str, dict[str, Any]]:
         """All answers by their key; a line that a kill has cut short, or that is damaged, is left out."""
@@ -59,7 +61,16 @@ class Journal:
     def add(self, record: Mapping[str, Any]) -> None:
         """Append an answer."""
         with disk_errors(self.folder):
+            if not self._mended:
+                self._end_last_line()
             append_jsonl(self._own, record)
+
+    def _end_last_line(self) -> None:
+        """A kill may have cut the last line short: what follows must not become a part of it."""
+        self._mended = True
+        if self._own.is_file() and self._own.read_bytes()[-1:] not in (b"", b"\n"):
+            with self._own.open("a", encoding="utf-8") as stream:
+                stream.write("\n")
 
     def rewrite(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Replace everything by these records, in one file."""
@@ -69,9 +80,9 @@ class Journal:
                 file.unlink()
 
     def clear(self) -> None:
-        """Forget all answers."""
+        """Forget all answers, the harness's as well."""
         with disk_errors(self.folder):
-            for file in self._files():
+            for file in (*self._files(), *(self.folder / HARNESS_FOLDER).glob("harness-*.jsonl")):
                 file.unlink()
 
     def _files(self) -> list[Path]:

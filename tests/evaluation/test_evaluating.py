@@ -14,6 +14,7 @@ from abba_cli.errors import DataError, ModelError, RunError
 from abba_cli.evaluating import evaluate
 from abba_cli.evaluation.decoding import Decoding
 from abba_cli.evaluation.engine import Completion, Request
+from abba_cli.evaluation.journal import Journal
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.results import Results, TaskResult, read_results
 from abba_cli.events import Event, Note, Scored
@@ -194,6 +195,23 @@ def test_the_harness_scores_the_same_model_and_its_base(base: Path, adapter: Pat
     assert abs(own.value - 0.25) < 4 * (0.25 * 0.75 / 60) ** 0.5
     alone, _ = scored(Source(model=str(base)), tmp_path / "alone", data, "arc_c", protocol="harness")
     assert [one.value for one in alone.results] == [one.value for one in results.results if one.model == results.models[0].label]
+
+
+def test_fresh_forgets_the_harness_answers(base: Path, data: Path, tmp_path: Path) -> None:
+    source = Source(model=str(base))
+    scored(source, tmp_path, data, "arc_c", protocol="harness", limit=4)
+    [kept] = (tmp_path / "harness").glob("harness-*.jsonl")
+    whole = kept.read_text()
+    kept.write_text(whole + "{}\n")
+    scored(source, tmp_path, data, "arc_c", protocol="harness", limit=4, fresh=True)
+    assert sorted(kept.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_an_answer_after_a_line_cut_short_is_not_lost(tmp_path: Path) -> None:
+    record = dict.fromkeys(("key", "model", "fingerprint", "task", "prompt", "response", "gold", "graded"), "x")
+    (tmp_path / "samples.rank1.jsonl").write_text('{"key": "cut sh')
+    Journal(tmp_path, rank=1).add({**record, "score": 1.0, "prediction": None, "marked": True, "other_grader": None})
+    assert list(Journal(tmp_path).read()) == ["x"]
 
 
 Answerer = Callable[[Request], str]
