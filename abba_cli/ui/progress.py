@@ -4,7 +4,7 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -14,14 +14,16 @@ class LiveBar:
 
     Args:
         console: Where to draw.
+        columns: Stand behind the status, such as rich's own time left.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
         self.console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
             TextColumn("{task.fields[status]}"),
+            *columns,
             console=console,
             transient=True,
         )

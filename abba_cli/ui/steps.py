@@ -1,18 +1,15 @@
 """What `abba merge`, `export`, `import` and `push` show: their steps, a bar for the long ones, and the closing lines."""
 
-import time
-
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
 from abba_cli.events import Event, Stage, Wrote
 from abba_cli.export.lora import LoraReport
 from abba_cli.exporting import Exported
 from abba_cli.merging import Merged
+from abba_cli.ui.progress import LiveBar
 from abba_cli.ui.training import duration
-
-_LINE_EVERY_SECONDS = 10.0
 
 
 class StepsDisplay:
@@ -24,26 +21,15 @@ class StepsDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-        )
-        self._task: TaskID | None = None
+        self._bar = LiveBar(console, TimeRemainingColumn(compact=True))
         self._stage = ""
-        self._last_line = time.monotonic()
 
     def __enter__(self) -> "StepsDisplay":
-        if self.console.is_terminal:
-            self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self._bar.stop()
+        self._bar.__exit__()
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""
@@ -58,20 +44,9 @@ class StepsDisplay:
     def _show(self, text: str, done: int, total: int, status: str) -> None:
         first = text != self._stage
         self._stage = text
-        if not self.console.is_terminal:
-            now = time.monotonic()
-            if first:
-                self.console.print(f"{escape(text)} ...")
-            elif total and now - self._last_line >= _LINE_EVERY_SECONDS:
-                self._last_line = now
-                self.console.print(f"  {status}", highlight=False, soft_wrap=True)
-            return
-        if first:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(escape(text), total=None, status="")
-        if total and self._task is not None:
-            self._bar.update(self._task, total=total, completed=done, status=status)
+        if first and not self.console.is_terminal:
+            self.console.print(f"{escape(text)} ...")
+        self._bar.show(text, done, total, status, line="" if first or not total else f"  {status}")
 
 
 def show_merged(console: Console, merged: Merged) -> None:
