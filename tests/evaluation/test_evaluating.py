@@ -1,86 +1,17 @@
 """A model scored end to end: real tiny models, real files, the answers against transformers' own, and what is used again."""
 
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import write_adapter, write_model
+from evaluated import answers, asked_anew, refused, scored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abba_cli.errors import DataError, ModelError, RunError
-from abba_cli.evaluating import evaluate
-from abba_cli.evaluation.decoding import Decoding
-from abba_cli.evaluation.engine import Completion, Request
 from abba_cli.evaluation.journal import Journal
-from abba_cli.evaluation.options import EvaluationOptions
-from abba_cli.evaluation.results import Results, TaskResult, read_results
-from abba_cli.events import Event, Note, Scored
+from abba_cli.events import Note
 from abba_cli.merging import merge
 from abba_cli.speakers import Source, load_for_generation
-
-Heard = list[Event]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 questions of four choices and one program in the sources' own columns, and a task of our own: 12 sums."""
-    folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(5)
-    choices = [{"text": ["a cat", "a dog", "a cow", "a hen"], "label": list("ABCD")} for _ in range(60)]
-    arc = [
-        {"question": f"Which one is number {number}?", "choices": one, "answerKey": draw.choice("ABCD")}
-        for number, one in enumerate(choices)
-    ]
-    sums = [{"question": f"What is {a} + {a}?", "answer": f"{a} and {a}.\n#### {2 * a}"} for a in range(12)]
-    program = {
-        "task_id": "HumanEval/0",
-        "prompt": "def double(x):\n",
-        "canonical_solution": "    return 2 * x\n",
-        "entry_point": "double",
-        "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
-    }
-    (folder / "sums.yaml").write_text(
-        "name: sums\ndata: {path: sums/test.jsonl}\nprompt: '{{ question }}'\nanswer: '{{ answer }}'\nmetric: number\n"
-        "max_tokens: 12\n"
-    )
-    for place, rows in {"arc_c/test": arc, "sums/test": sums, "humaneval/HumanEval": [program]}.items():
-        file = folder / f"{place}.jsonl"
-        file.parent.mkdir()
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "llama", tiny_llama)
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter") / "trained", base)
-
-
-def scored(source: Source, output: Path, data: Path, *tasks: str, **options: Any) -> tuple[Results, Heard]:
-    heard: Heard = []
-    given = {"data_dir": data, "output": output, "batch_size": 4} | options
-    named = tuple(str(data / "sums.yaml") if task == "sums" else task for task in tasks or ("sums",))
-    results, folder = evaluate(source, EvaluationOptions(named, **given), heard.append)
-    assert folder == output
-    assert read_results(output) == results
-    return results, heard
-
-
-def answers(output: Path) -> dict[tuple[str, str, int, int], str]:
-    rows = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-    return {(row["model"], row["task"], row["row"], row["sample"]): row["response"] for row in rows}
-
-
-def asked_anew(heard: Heard) -> int:
-    last = {(event.model, event.task): event for event in heard if isinstance(event, Scored)}
-    return sum(event.done - event.reused for event in last.values())
 
 
 def test_the_adapters_answers_are_the_merged_models(base: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
@@ -113,15 +44,6 @@ def test_the_baseline_is_the_untouched_base(base: Path, adapter: Path, data: Pat
         assert one.difference is not None
         assert one.difference.n == one.n
         assert one.difference.test == "McNemar exact"
-
-
-def test_a_random_model_scores_zero_with_every_extraction_failed(base: Path, data: Path, tmp_path: Path) -> None:
-    results, _ = scored(Source(model=str(base), template="none"), tmp_path, data, "arc_c")
-    [one] = results.results
-    assert (one.value, one.n, one.extraction_failures) == (0.0, 60, 60)
-    assert one.interval == (pytest.approx(0.0), pytest.approx(0.0602, abs=1e-4))  # Wilson: z^2 / (n + z^2)
-    assert len(one.examples) == 3
-    assert one.examples[0].prompt.startswith("Please choose the correct answer to the question: Which one is number 0?")
 
 
 def test_the_same_command_twice_asks_nothing_and_finds_the_same(base: Path, data: Path, tmp_path: Path) -> None:
@@ -214,58 +136,6 @@ def test_an_answer_after_a_line_cut_short_is_not_lost(tmp_path: Path) -> None:
     assert list(Journal(tmp_path).read()) == ["x"]
 
 
-Answerer = Callable[[Request], str]
-
-
-def with_stub(monkeypatch: pytest.MonkeyPatch, base: Path, answerer: Answerer) -> None:
-    """Has a function write the answers in place of the model."""
-
-    def stub(
-        speaker: Any, batches: Sequence[Sequence[Request]], decoding: Decoding, *listeners: Any
-    ) -> Iterator[list[Completion]]:
-        for batch in batches:
-            yield [Completion(one.number, answerer(one), 5, True) for one in batch]
-
-    monkeypatch.setattr("abba_cli.evaluation.paper.answer_batches", stub)
-
-
-def test_uniform_draws_of_valid_answers_are_at_chance(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"instruction": f"{n}?", "output": "", "answer": f"answer{n % 4 + 1}"} for n in range(2000)]
-    (tmp_path / "openbookqa").mkdir()
-    (tmp_path / "openbookqa" / "test.json").write_text(json.dumps(rows))
-    draw = random.Random(3)
-    with_stub(monkeypatch, base, lambda request: f"the correct answer is answer{draw.randint(1, 4)}")
-    results, _ = scored(Source(model=str(base), template="none"), tmp_path / "out", tmp_path, "obqa")
-    [one] = results.results
-    assert abs(one.value - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
-    assert one.extraction_failures == 0
-
-
-def result_of(results: Results) -> TaskResult:
-    [one] = results.results
-    return one
-
-
-def test_rows_that_ask_the_same_are_judged_by_their_own_answers(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, answers_in_order in (("first", ("Rome", "Bern")), ("second", ("Bern", "Rome"))):
-        rows = [{"q": "Capital?", "a": answer} for answer in answers_in_order]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / f"{name}.yaml").write_text(
-            f"name: {name}\ndata: {{path: {name}.jsonl}}\nprompt: '{{{{ q }}}}'\nanswer: '{{{{ a }}}}'\nmetric: exact\n"
-            "pattern: '\\w+'\n"
-        )
-    with_stub(monkeypatch, base, lambda request: "Rome")
-    tasks = [str(tmp_path / f"{name}.yaml") for name in ("first", "second")]
-    results, heard = scored(Source(model=str(base), template="none"), tmp_path / "out", tmp_path, *tasks)
-    assert asked_anew(heard) == 4
-    assert [[one.score for one in task.examples] for task in results.results] == [[1.0, 0.0], [0.0, 1.0]]
-    assert [one.value for one in results.results] == [0.5, 0.5]
-
-
 def test_another_task_is_added_to_the_results_and_other_weights_replace_them(
     base: Path, adapter: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -301,34 +171,6 @@ def test_files_that_are_not_ours_are_left_alone(base: Path, data: Path, tmp_path
     assert (tmp_path / name).read_text() == '{"text": "precious"}\n'
     (tmp_path / "file").touch()
     assert "is a file; expected a folder" in refused(Source(model=str(base)), data, tmp_path / "file", "arc_c")
-
-
-def test_the_released_grader_and_what_it_judges_differently(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Right everywhere, but half of the answers stand behind no mark, where the released code finds nothing."""
-    texts = [f"The answer is: {2 * n}" if n % 2 else f"So it makes {2 * n} apples" for n in range(12)]
-    with_stub(monkeypatch, base, lambda request: texts[request.number])
-    source = Source(model=str(base), template="none")
-    ours = result_of(scored(source, tmp_path, data)[0])
-    assert (ours.value, ours.unmarked, ours.disagreements, ours.grader) == (1.0, 6, 6, "abba")
-    theirs = result_of(scored(source, tmp_path, data, grader="released")[0])
-    assert (theirs.value, theirs.disagreements, theirs.grader) == (0.5, 6, "released")
-
-
-def test_programs_are_run_and_counted_per_sample(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["    return x + x\n" if sample < 3 else "    return 5\n" for sample in range(10)]
-    with_stub(monkeypatch, base, lambda request: texts[request.number])
-    source = Source(model=str(base), template="none")
-    run: dict[str, Any] = {"temperature": 0.8, "samples": 10, "allow_code_execution": True}
-    results, _ = scored(source, tmp_path, data, "humaneval", **run)
-    assert [(one.metric, one.value, one.primary) for one in results.results] == [("pass@1", 0.3, True), ("pass@10", 1.0, False)]
-
-
-def refused(source: Source, data: Path | None, output: Path, *tasks: str, **options: Any) -> str:
-    with pytest.raises((DataError, ModelError, RunError)) as caught:
-        evaluate(source, EvaluationOptions(tasks, data_dir=data, output=output, **options))
-    return str(caught.value)
 
 
 def test_what_is_refused_before_a_model_is_loaded(data: Path, tmp_path: Path) -> None:
