@@ -29,6 +29,7 @@ from abba_cli.evaluation.scores import TaskScore, beside_baseline
 from abba_cli.evaluation.tasks import GROUPS, find_tasks
 from abba_cli.evaluation.vllm import check_vllm, serving
 from abba_cli.events import Listener, Note, Stage, ignore
+from abba_cli.saved_adapter import SavedAdapter, open_adapter
 from abba_cli.speakers import RUNS, Source, Speaker, load_for_generation, named_adapter
 
 
@@ -51,10 +52,10 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
     start = time.monotonic()
     state = join_processes()
     notes = listen if state.is_main_process else ignore
-    if source.model is None:
-        named_adapter(source.adapter)
-    if options.output:
-        check_folder(options.output.expanduser())
+    saved = open_adapter(named_adapter(source.adapter)) if source.model is None else None
+    folder = options.output.expanduser() if options.output else default_output(source, saved)
+    if state.is_main_process:
+        check_folder(folder)
     tasks = _read_tasks(options, notes) if options.protocol == "paper" else []
     if options.protocol == "harness":
         _check_harness(options)
@@ -64,9 +65,6 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
     speakers = load_for_generation(source, options.baseline)
     if source.model is None and speakers[-1].label.rstrip("/") != (source.adapter or "").rstrip("/"):
         notes(Note(f"scoring {speakers[-1].label}, the newest finished run there"))
-    folder = options.output.expanduser() if options.output else default_output(source, speakers[-1])
-    if state.is_main_process:
-        check_folder(folder)
     with locked(folder) if state.is_main_process else nullcontext():
         journal = Journal(folder, state.process_index)
         if options.fresh and state.is_main_process:
@@ -101,14 +99,18 @@ def evaluate(source: Source, options: EvaluationOptions, listen: Listener = igno
     return results, folder
 
 
-def default_output(source: Source, speaker: Speaker) -> Path:
-    """Where results go when nobody says: into the run, or out/eval/NAME for what is no run of ours."""
-    if speaker.saved is not None and speaker.saved.run is not None:
-        run = speaker.saved.run.path
-        inside = speaker.saved.path.absolute() != run.absolute()
-        return run / "eval" / speaker.saved.path.name if inside else run / "eval"
-    name = (source.model or source.adapter or speaker.label).strip("/.").replace("/", "--")
-    return RUNS / "eval" / name
+def default_output(source: Source, saved: SavedAdapter | None) -> Path:
+    """Where results go when nobody says: into the run, or out/eval/NAME for what is no run of ours.
+
+    Args:
+        source: What was named.
+        saved: The adapter on disk, if it is one.
+    """
+    if saved is not None and saved.run is not None:
+        run = saved.run.path
+        return run / "eval" / saved.path.name if saved.path.absolute() != run.absolute() else run / "eval"
+    named = source.model or source.adapter or str(saved.path if saved else "")
+    return RUNS / "eval" / named.strip("/.").replace("/", "--")
 
 
 def merged_in_place(speaker: Speaker, source: Source) -> Speaker:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from abba_cli.disk import append_jsonl, disk_errors, write_atomically
 from abba_cli.errors import DataError, RunError
@@ -17,6 +17,7 @@ from abba_cli.evaluation.results import RESULTS_FILE, read_results
 
 SAMPLES_FILE = "samples.jsonl"
 HARNESS_FOLDER = "harness"
+_LOCK = ".lock"
 
 
 def answer_key(
@@ -101,13 +102,18 @@ def check_folder(folder: Path) -> None:
     """Make sure that a folder may take results, before a model is loaded.
 
     Raises:
-        RunError: It is a file, or holds a results.json or samples.jsonl that is not ours.
+        RunError: It is a file, holds a results.json or samples.jsonl that is not ours, or another evaluation writes there.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; expected a folder, or a name that is free")
     nearest = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(f"cannot write to {nearest}; choose another --output")
+    if (folder / _LOCK).is_file():
+        with disk_errors(folder):
+            stream = (folder / _LOCK).open("a")
+        with stream:
+            _take(stream, folder)
     results, samples = folder / RESULTS_FILE, folder / SAMPLES_FILE
     if results.is_file():
         try:
@@ -127,12 +133,15 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("a")
-    try:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another evaluation is writing to {folder}; wait for it, or choose another --output") from None
+        stream = (folder / _LOCK).open("a")
+    with stream:
+        _take(stream, folder)
         yield
-    finally:
-        stream.close()
+
+
+def _take(stream: IO[str], folder: Path) -> None:
+    """Lock a folder until the stream is closed."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"another evaluation is writing to {folder}; wait for it, or choose another --output") from None
