@@ -69,6 +69,7 @@ def adapter_config(adapter: AdapterSection, base: Base) -> AbbaConfig:
         r2=adapter.r2,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
+        kernel=adapter.kernel,
         target_modules=adapter.targets,
         exclude_modules=adapter.exclude,
         layers_to_transform=adapter.layers,

@@ -112,6 +112,11 @@ class AdapterSection(Section):
         "svd", description="Start of the first pair: the paper's truncated SVD of the weight, or random."
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the factors.")
+    kernel: Literal["auto", "factored", "effective"] = Field(
+        "auto",
+        description="How the update is computed: through W0 + dW (effective), beside the base's product (factored), or the faster "
+        "way for each call. Same results up to rounding.",
+    )
     start_from: str | None = Field(
         None,
         min_length=1,
@@ -181,6 +186,9 @@ class TrainingSection(Section):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
     batch_size: int = Field(1, ge=1, description="Rows in a forward pass of each process (packed sequences with packing).")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes in an optimizer step.")
+    group_by_length: bool = Field(
+        False, description="Put rows of about the same length into one batch: less padding, another order of the data."
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     scheduler: Literal["linear", "cosine", "constant"] = Field("cosine", description="Course after the warm-up.")
     warmup_ratio: Share = Field(0.02, description="Share of the steps in which the learning rate rises from zero.")
@@ -241,12 +249,14 @@ class Recipe(Section):
     output: str = Field(min_length=1, description="The run directory; relative to the current directory.")
 
     @model_validator(mode="after")
-    def _evaluation_needs_rows(self) -> "Recipe":
+    def _keys_fit_together(self) -> "Recipe":
         if not self.data.eval:
             asked = [key for key in ("every_steps", "patience") if getattr(self.evaluation, key) is not None]
             asked += ["samples"] if self.evaluation.samples else []
             if asked:
                 raise ValueError(f"evaluation.{asked[0]} needs held-out rows: add data.eval")
+        if self.data.packing and self.training.group_by_length:
+            raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             raise ValueError("evaluation.patience counts evaluations: set evaluation.every_steps")
         return self

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 BIAS = ("none", "all", "abba_only")
+KERNELS = ("auto", "factored", "effective")
 
 
 @dataclass
@@ -63,6 +64,13 @@ class AbbaConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = field(
         default_factory=dict, metadata={"help": "Alphas of particular modules: name or regular expression -> alpha."}
     )
+    kernel: Literal["auto", "factored", "effective"] = field(
+        default="auto",
+        metadata={
+            "help": "How the update is computed: 'effective' (through W0 + dW), 'factored' (beside the base's product, through "
+            "the Khatri-Rao factors), or 'auto', the faster one for each call. The results agree up to rounding."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules apart from the adapted ones to train and save whole."}
     )
@@ -99,6 +107,8 @@ class AbbaConfig(PeftConfig):
             raise ValueError(f"`init_weights` is {self.init_weights!r}, not one of True, False, 'svd' and 'random'.")
         if self.bias not in BIAS:
             raise ValueError(f"`bias` is {self.bias!r}, but it has to be one of {BIAS}.")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"`kernel` is {self.kernel!r}, but it has to be one of {KERNELS}.")
         for key, ranks in (self.rank_pattern or {}).items():
             pair = ranks if isinstance(ranks, (list, tuple)) else [ranks, ranks]
             if len(pair) != 2:

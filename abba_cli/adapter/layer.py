@@ -17,8 +17,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import AbbaConfig, check_rank
+from .cost import Kernel
+from .dense import Scaled, effective_weight
 from .factors import Factors, delta_weight, init_A2, init_pair, scale, svd_init
-from .kernels import Scaled, effective_weight
 from .quantised import is_packed, unpacked_weight
 
 
@@ -29,11 +30,12 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         abba_A1, abba_B1, abba_A2, abba_B2: the factors, by adapter name, float32 (float64 on a float64 base).
         abba_dropout: dropout of the update's input, by adapter name.
         r1, r2, alpha, scaling: numbers, by adapter name; scaling is s.
+        kernel: the way of computing, by adapter name.
         pending_svd: adapters whose B1 and A1 wait for their SVD, see `initialize_pending`.
     """
 
     adapter_layer_names = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
-    other_param_names = ("r1", "r2", "alpha", "scaling", "abba_dropout")
+    other_param_names = ("r1", "r2", "alpha", "scaling", "kernel", "abba_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: AbbaConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -53,6 +55,7 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         self.r2: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.kernel: dict[str, Kernel] = {}
         self.pending_svd: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters = []
@@ -72,6 +75,7 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         m, n = self.out_features, self.in_features
         self.r1[adapter_name], self.r2[adapter_name], self.alpha[adapter_name] = r1, r2, alpha
         self.scaling[adapter_name] = scale(alpha, r1, r2)
+        self.kernel[adapter_name] = config.kernel
         self.abba_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
 
         B1, A1 = torch.zeros(m, r1), torch.zeros(r1, n)

@@ -10,10 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import AbbaConfig
+from .cost import Kernel
 from .decoding import DecodingWeight, is_decoding_step
-from .kernels import Scaled, adapted_linear, delta_linear
+from .dense import Scaled
+from .kernels import adapted_linear, delta_linear
 from .layer import AbbaLayer
-from .quantised import is_packed
+from .quantised import QuantisedWeight, is_packed
 
 
 class AbbaLinear(AbbaLayer):
@@ -44,22 +46,27 @@ class AbbaLinear(AbbaLayer):
         inner: Any = self.base_layer
         dropping = [n for n in names if self.training and isinstance(self.abba_dropout[n], nn.Dropout)]
         adapters: list[Scaled] = [(self.factors(name), self.scaling[name]) for name in names]
+        kernel: Kernel = self.kernel[names[0]]
         if not dropping and not args and not kwargs and self._is_plain(inner, x):
             if self._kept is None and not self.training and is_decoding_step(x):
                 kept = DecodingWeight.of(self, names)
                 self._kept = kept
                 if kept is not None and kept.weight is not None:
                     return kept.matmul(x)
-            return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed)
+            return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed, kernel)
+        if not dropping and not args and not kwargs and inner.training and self._is_dequantised(inner):
+            dtype = getattr(inner, "compute_dtype", None) or x.dtype
+            weight = QuantisedWeight(inner, self.get_base_weight)
+            return adapted_linear(x.to(dtype), weight, inner.bias, adapters, False, kernel).to(x.dtype)
         y = self._base_forward(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         together = [a for name, a in zip(names, adapters, strict=True) if name not in dropping]
         if together:
-            y = y + delta_linear(x, together, y.dtype).to(y.dtype)
+            y = y + delta_linear(x, together, y.dtype, kernel).to(y.dtype)
         for name in dropping:  # each adapter drops other elements, so each needs a product of its own
             dropped = self.abba_dropout[name](x)
-            y = y + delta_linear(dropped, [(self.factors(name), self.scaling[name])], y.dtype).to(y.dtype)
+            y = y + delta_linear(dropped, [(self.factors(name), self.scaling[name])], y.dtype, kernel).to(y.dtype)
         return y  # type: ignore[no-any-return]
 
     def settle(self) -> None:
@@ -88,8 +95,23 @@ class AbbaLinear(AbbaLayer):
         inner: Any = self.base_layer
         if x.requires_grad and is_packed(inner):  # bitsandbytes would return a result without gradient
             dtype = inner.compute_dtype or x.dtype
-            return adapted_linear(x.to(dtype), self.get_base_weight, inner.bias, [], transposed=False).to(x.dtype)
+            weight = QuantisedWeight(inner, self.get_base_weight)
+            return adapted_linear(x.to(dtype), weight, inner.bias, [], transposed=False).to(x.dtype)
         return inner(x, *args, **kwargs)
+
+    def _is_dequantised(self, inner: nn.Module) -> bool:
+        """Whether the layer is trained on a dequantised weight: a bitsandbytes one, which does so itself in 4 bits.
+
+        In 8 bits bitsandbytes would round the input, too. Its own forward stays in use where nothing is trained.
+        """
+        backend = self.quantization_backend
+        return (
+            backend is not None
+            and backend.backend_name in ("bnb 4bit", "bnb 8bit")
+            and not torch.compiler.is_compiling()
+            and "forward" not in vars(inner)
+            and not _has_hooks(inner)
+        )
 
     def _is_plain(self, inner: nn.Module, x: torch.Tensor | None) -> bool:
         """Whether the base layer is exactly x W0^T + bias with a frozen W0, so that its weight may be used directly.
@@ -102,10 +124,7 @@ class AbbaLinear(AbbaLayer):
             type(inner).forward in (nn.Linear.forward, Conv1D.forward)
             and "forward" not in vars(inner)
             and self.quantization_backend is None
-            and not inner._forward_hooks
-            and not inner._forward_pre_hooks
-            and not inner._backward_hooks
-            and not inner._backward_pre_hooks
+            and not _has_hooks(inner)
             and isinstance(weight, torch.Tensor)
             and not weight.requires_grad
             and (x is None or x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
@@ -143,3 +162,7 @@ class AbbaLinear(AbbaLayer):
         self._let_go()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -1,17 +1,68 @@
-"""Reading the weight of a 4-bit base layer that bitsandbytes has repacked for inference on the CPU.
+"""Reading the weight of a quantised base layer.
 
 On a CPU with AVX512-BF16, `Linear4bit` (bitsandbytes 0.50.2, nn/modules.py) reorders its weight at the first forward in
 evaluation mode. From then on `dequantize_4bit` returns garbage, and a forward in training mode silently gives its input
-no gradient. An evaluation between two epochs is enough. Ends when bitsandbytes unpacks the weight by itself.
+no gradient. An evaluation between two epochs is enough. `unpacked_weight` reads it then. Ends when bitsandbytes unpacks the
+weight by itself.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+
+class Packed4bit(NamedTuple):
+    """A 4-bit weight as bitsandbytes keeps it.
+
+    Attributes:
+        values: uint8, two values a byte, the first in the high bits, along the flattened (m, n).
+        absmax: float32, the scale of each block.
+        code: float32 [16], what each value stands for.
+        blocksize: Values in a block.
+        shape: (m, n).
+    """
+
+    values: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    blocksize: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """The weight of a quantised base layer, made anew each time it is called for.
+
+    Attributes:
+        base_layer: The layer.
+        read: Returns its dequantised weight (m, n), which may be written over.
+    """
+
+    base_layer: nn.Module
+    read: Callable[[], torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        """Returns the dequantised weight."""
+        return self.read()
+
+    def packed(self) -> Packed4bit | None:
+        """Returns the 4-bit values of a layer on a CUDA device, for a kernel that dequantises as it goes; else None."""
+        weight: Any = self.base_layer.weight
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.device.type != "cuda" or state.shape[1] % 2:
+            return None
+        absmax = state.absmax
+        if state.nested:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+        return Packed4bit(weight.data, absmax.float(), state.code, state.blocksize, tuple(state.shape))
 
 
 def is_packed(base_layer: nn.Module) -> bool:

@@ -8,18 +8,19 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from abba_cli.adapter import factors as spec
-from abba_cli.adapter import kernels
+from abba_cli.adapter import dense, kernels, passes
+from abba_cli.adapter.cost import Way
 from abba_cli.adapter.factors import Factors
-from abba_cli.adapter.kernels import Scaled
+from abba_cli.adapter.dense import Scaled
 
 M, N = 9, 13
 
 
-@pytest.fixture(params=["effective weight", "khatri-rao"])
+@pytest.fixture(params=[(True, True), (True, False), (False, False), (False, True)], ids=["E-G", "E-KR", "KR-KR", "KR-G"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces one of the two ways of computing."""
-    effective = request.param == "effective weight"
-    monkeypatch.setattr(kernels, "use_effective_weight", lambda *args, **kwargs: effective)
+    """Forces one of the ways of computing: forward through W0 + dW or not, gradients through G or not."""
+    effective, by_G = request.param
+    monkeypatch.setattr(passes, "choose", lambda *args: Way(effective, by_G))
     return str(request.param)
 
 
@@ -102,8 +103,8 @@ def test_effective_weight_is_rounded_once() -> None:
     factors, s = adapter(3, 5, 0.01, torch.float32)
     weight = torch.randn(M, N, dtype=torch.bfloat16)
     expected = (weight.float() + spec.delta_weight(factors, s)).bfloat16()
-    assert torch.equal(kernels.effective_weight(weight, [(factors, s)]), expected)
-    stored = kernels.effective_weight(weight.T.contiguous(), [(factors, s)], transposed=True)
+    assert torch.equal(dense.effective_weight(weight, [(factors, s)]), expected)
+    stored = dense.effective_weight(weight.T.contiguous(), [(factors, s)], transposed=True)
     torch.testing.assert_close(stored.T, expected)
 
 
@@ -172,11 +173,3 @@ def test_zero_B2_changes_no_bit(way: str) -> None:
         assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
-def test_the_cheaper_way_is_chosen() -> None:
-    narrow = [adapter(4, 4, 1.0, torch.float32, m=64, n=64)]
-    assert kernels.use_effective_weight(torch.empty(512, 64), narrow, shared=True)
-    # One token, as in generation: making an m x n weight for it would be a waste.
-    assert not kernels.use_effective_weight(torch.empty(1, 64), narrow, shared=True)
-    wide = [adapter(4, 4, 1.0, torch.float32, m=4096, n=4096)]
-    # A layer so wide that a product of its own costs more than going through R = 16.
-    assert not kernels.use_effective_weight(torch.empty(512, 4096), wide, shared=False)
