@@ -125,6 +125,32 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sequences
 
 
+def grouped_by_length(lengths: Sequence[int], batch: int, seed: int, window: int = 50) -> list[int]:
+    """Order rows so that those of a batch are about equally long, and little of it is padding.
+
+    Rows are drawn at random in windows of many batches, sorted within a window, cut into batches, and the batches are drawn at
+    random: each is still a sample of the data, and no stretch of the training has only short or only long rows.
+
+    Args:
+        lengths: Tokens of each row.
+        batch: Rows that are computed side by side.
+        seed: Decides the order.
+        window: Batches in a window.
+
+    Returns:
+        Every row number once. What is no whole batch comes last.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(lengths), generator=generator).tolist()
+    whole = len(rows) - len(rows) % batch
+    batches = []
+    for start in range(0, whole, window * batch):
+        drawn = sorted(rows[start : min(start + window * batch, whole)], key=lambda row: lengths[row])
+        batches += [drawn[first : first + batch] for first in range(0, len(drawn), batch)]
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [row for number in order for row in batches[number]] + rows[whole:]
+
+
 @dataclass(frozen=True)
 class PaddedBatches:
     """Collator for rows of input_ids and labels: padded on the right, masked by position.

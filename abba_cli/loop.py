@@ -1,34 +1,35 @@
-"""The training loop: transformers' Trainer with the recipe's settings, an exact evaluation loss, and run-directory callbacks."""
+"""The training loop: transformers' Trainer with the recipe's settings, our loss, and nothing beside the step that takes time."""
 
 import dataclasses
 import importlib.util
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import speed_metrics
 
-from abba_cli.disk import append_jsonl, disk_errors
-from abba_cli.errors import RunError, TrainingDiverged, TrainingInterrupted
-from abba_cli.events import Evaluated, Listener, Saved, Stepped, Stopping
-from abba_cli.loss import row_losses
-from abba_cli.memory import peak_memory
+from abba_cli.batches import grouped_by_length
+from abba_cli.errors import RunError
+from abba_cli.head import separable_head
+from abba_cli.loss import row_losses, training_loss
 from abba_cli.recipe import Recipe
-from abba_cli.rundir import RunDir, remove_old_checkpoints, seal_checkpoint
+from abba_cli.rundir import RunDir
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -87,12 +88,13 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         logging_steps=recipe.logging.every_steps,
         logging_nan_inf_filter=False,
         restore_callback_states_from_checkpoint=True,  # early stopping counts on where it was
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="no",  # AbbaTrainer counts without waiting for the device
         report_to=[] if recipe.logging.logger == "none" else [recipe.logging.logger],
         run_name=Path(recipe.output).name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},
         ddp_find_unused_parameters=False,
     )
     if built.parallel_mode.value == "not_distributed" and cuda:
@@ -102,11 +104,57 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
 
 
 class AbbaTrainer(Trainer):
-    """Trainer whose evaluation loss is the mean over supervised tokens, whatever the batches (upstream averages batches)."""
+    """Trainer with our loss, in training and evaluation, that prints nothing and never makes a GPU wait for the processor.
+
+    Args:
+        model: The model with its adapter.
+        group_by_length: Put rows of like length into one batch.
+        kwargs: Whatever else Trainer takes.
+    """
+
+    def __init__(self, *, model: PeftModel, group_by_length: bool = False, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.remove_callback(PrinterCallback)  # only the `ui` rooms print
+        base = model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        # A compiled forward pass has its head compiled in.
+        self._head = None if self.args.torch_compile else separable_head(base)
+        self._group_by_length = group_by_length
+        self._tokens = self._tokens_logged = 0
+        # Upstream then counts the supervised tokens of a step, and leaves the loss as we return it.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch, and count its tokens, which the collator knows, so that no device has to be asked."""
+        assert not return_outputs
+        self._tokens += inputs["tokens"]
+        # The items are those of all processes, and DDP takes the mean of their gradients.
+        processes: int = self.accelerator.num_processes
+        return training_loss(model, inputs, num_items_in_batch, self._head) * processes
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return nothing: upstream walks over all parameters for every batch, for a figure that nobody reads."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the tokens of all processes up to now."""
+        tokens = torch.tensor(self._tokens - self._tokens_logged, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum"))
+        self._tokens_logged = self._tokens
+        logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        if start_time is not None:
+            logs |= speed_metrics("train", start_time, num_tokens=self._tokens * self.accelerator.num_processes)  # type: ignore[no-untyped-call]
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Evaluate on `eval_dataset`.
+        """Evaluate on `eval_dataset`: the mean over supervised tokens, whatever the batches (upstream averages batches).
 
         Returns:
             `eval_loss`, in nats per supervised token, and `eval_seconds`.
@@ -115,15 +163,13 @@ class AbbaTrainer(Trainer):
         model = self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
         was_training = model.training
         model.eval()
-        losses, counts = [torch.zeros(0)], [torch.zeros(0)]
+        losses, counts = [], []
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
-            labels = batch.pop("labels")
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            rows = row_losses(model(**{**batch, "use_cache": False}).logits, labels)
-            loss, count = self.accelerator.gather_for_metrics(rows)
-            losses.append(loss.cpu())
-            counts.append(count.cpu())
+            loss, count = self.accelerator.gather_for_metrics(row_losses(model, batch, self._head))
+            losses.append(loss)
+            counts.append(count)
         model.train(was_training)
         mean = (torch.cat(losses).double().sum() / torch.cat(counts).double().sum()).item()
         metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_seconds": time.perf_counter() - start}
@@ -131,135 +177,28 @@ class AbbaTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
+        """Return upstream's sampler, or ours: upstream's grouping sorts the batches too, and knows neither seed nor epoch."""
+        if not self._group_by_length:
+            return super()._get_train_sampler(*args)
+        return _Grouped(self)
 
-class Recorder(TrainerCallback):
-    """Writes metrics, seals and thins checkpoints, reports progress, and stops at signals and at losses that are no number."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, listen: Listener) -> None:
-        self.recipe, self.run, self.listen = recipe, run, listen
-        self.signal_number: int | None = None
-        self._clock = (time.perf_counter(), 0)
-        self._began = time.perf_counter()
+class _Grouped(Sampler[int]):
+    """Rows in an order that depends on the recipe's seed and the epoch alone."""
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
-        **_: Any,
-    ) -> None:
-        # A resumed state brings the intervals of the recipe it was saved under; these keys may change.
-        state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
-        # And the rate of the schedule it was saved under, which is another one where the run is prolonged.
-        for group, base, rate in zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * rate(lr_scheduler.last_epoch)
-        lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
-        logged = [row["seconds"] for row in self.run.metrics() if "seconds" in row]
-        self._began = time.perf_counter() - (logged[-1] if logged else 0.0)
-        self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
+    def __init__(self, trainer: AbbaTrainer) -> None:
+        self._trainer = trainer
+        assert isinstance(trainer.train_dataset, Dataset)
+        rows = trainer.train_dataset.with_format("arrow")[:]
+        self._lengths: list[int] = pc.list_value_length(rows["input_ids"]).to_pylist()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.signal_number is not None:
-            control.should_save = control.should_training_stop = True
-        # A checkpoint is only good if the loss that led to it was looked at; a best one is decided after an evaluation.
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
+    def __len__(self) -> int:
+        return len(self._lengths)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        if "loss" not in logs:
-            return
-        bad = [key for key in ("loss", "grad_norm") if not math.isfinite(logs.get(key, 0.0))]
-        if bad:
-            raise TrainingDiverged(self._divergence(bad[0], logs[bad[0]], state.global_step))
-        now, seen = time.perf_counter(), int(state.num_input_tokens_seen)
-        speed = (seen - self._clock[1]) / max(now - self._clock[0], 1e-9)
-        self._clock = (now, seen)
-        if not state.is_world_process_zero:
-            return
-        row = {
-            "step": state.global_step,
-            "epoch": round(state.epoch or 0.0, 6),
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "gradient_norm": logs.get("grad_norm"),
-            "tokens": seen,
-            "tokens_per_second": round(speed, 1),
-            "seconds": round(now - self._began, 3),
-            "memory_bytes": peak_memory(),
-        }
-        with disk_errors(self.run.path):
-            append_jsonl(self.run.metrics_file, row)
-        event = Stepped(
-            state.global_step,
-            state.max_steps,
-            logs["loss"],
-            logs["learning_rate"],
-            logs.get("grad_norm"),
-            speed,
-            peak_memory(),
-        )
-        self.listen(event)
-
-    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.signal_number is not None and state.global_step == 0:
-            raise TrainingInterrupted("stopped before the first step; nothing was trained yet", self.signal_number)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
-    ) -> None:
-        loss, step = metrics["eval_loss"], state.global_step
-        best = step > 0 and (state.best_metric is None or loss < state.best_metric)
-        if best and self.recipe.evaluation.keep_best:
-            control.should_save = True
-        if state.is_world_process_zero:
-            with disk_errors(self.run.path):
-                row = {"step": step, "eval_loss": loss, "eval_seconds": round(metrics["eval_seconds"], 3)}
-                append_jsonl(self.run.metrics_file, row)
-            self.listen(Evaluated(step, loss, best))
-        # Evaluation time is not training time.
-        self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"
-        with disk_errors(self.run.path):
-            seal_checkpoint(checkpoint)
-            best = self.run.checkpoints / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-            remove_old_checkpoints(self.run, self.recipe.checkpoints.keep, best if self.recipe.evaluation.keep_best else None)
-        self.listen(Saved(state.global_step, checkpoint))
-
-    def _divergence(self, name: str, value: float, step: int) -> str:
-        checkpoints = self.run.complete_checkpoints()
-        kept = f"{checkpoints[-1]} is kept" if checkpoints else "there was no checkpoint yet"
-        what = {"loss": "loss", "grad_norm": "gradient norm"}[name]
-        return (
-            f"the {what} is {value} at step {step}; training stopped, {kept}. "
-            f"Lower training.learning_rate ({self.recipe.training.learning_rate:g}) or adapter.alpha "
-            f"({self.recipe.adapter.alpha:g}), and look at the rows of that step"
-        )
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Within this, SIGINT and SIGTERM end training after the current step and a checkpoint; a second one ends it at once."""
-
-        def receive(number: int, frame: Any) -> None:
-            if self.signal_number is not None:
-                raise TrainingInterrupted("ended at once; run the same command again to go on from the last checkpoint", number)
-            self.signal_number = number
-            self.listen(Stopping())
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread alone
-            return
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def __iter__(self) -> Iterator[int]:
+        args, epoch = self._trainer.args, int(self._trainer.state.epoch or 0)
+        return iter(grouped_by_length(self._lengths, args.train_batch_size * args.world_size, args.seed + epoch))
 
 
 def extra_callbacks(recipe: Recipe) -> list[TrainerCallback]:
@@ -277,9 +216,3 @@ def check_logger(recipe: Recipe) -> None:
     name = recipe.logging.logger
     if name != "none" and importlib.util.find_spec(name) is None:
         raise RunError(f"logging.logger: {name} is not installed; pip install {name}, or set it to none")
-
-
-def quiet(trainer: Trainer) -> Trainer:
-    """Take out the Trainer's own printing; only the `ui` rooms print."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -114,8 +114,8 @@ class AdapterSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the factors.")
     kernel: Literal["auto", "factored", "effective"] = Field(
         "auto",
-        description="How the update is computed: through W0 + dW (effective), beside the base's product (factored), or the faster "
-        "way for each call. Same results up to rounding.",
+        description="How the update is computed: through W0 + dW (effective), beside the base's product (factored), or the "
+        "faster way for each call. Same results up to rounding.",
     )
     start_from: str | None = Field(
         None,

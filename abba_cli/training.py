@@ -14,16 +14,18 @@ from abba_cli import adapting, bases, loading
 from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
 from abba_cli.data import prepare as prepare_data
 from abba_cli.disk import disk_errors
-from abba_cli.errors import ModelError, RunError, TrainingInterrupted
+from abba_cli.errors import RunError, TrainingInterrupted
 from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
-from abba_cli.loop import AbbaTrainer, Recorder, arguments, check_logger, extra_callbacks, quiet, total_steps
-from abba_cli.loss import Collator, SupervisedBatches, keeps_logits, supervised_loss
+from abba_cli.forecast.prediction import OPTIMIZER
+from abba_cli.loop import AbbaTrainer, arguments, check_logger, extra_callbacks, total_steps
+from abba_cli.loss import Collator, SupervisedBatches, keeps_logits
 from abba_cli.memory import peak_memory
-from abba_cli.plan import Plan, make_plan
+from abba_cli.plan import Plan, check_length, make_plan
 from abba_cli.prepared import PreparedData
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
+from abba_cli.recorder import Recorder
 from abba_cli.rundir import RunDir, checkpoint_step, locked, open_run, write_recipe
 from abba_cli.sampling import Sampler
 
@@ -112,7 +114,14 @@ def train(
     return run
 
 
-def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore, read_weights: bool = False) -> Preparation:
+def prepare(
+    recipe: Recipe,
+    *,
+    restart: bool = False,
+    listen: Listener = ignore,
+    read_weights: bool = False,
+    budget: int | None = None,
+) -> Preparation:
     """Check everything that can be checked before the weights are read: output, base, adapter, data, memory.
 
     Args:
@@ -120,6 +129,7 @@ def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore,
         restart: As in `train`.
         listen: Called with events.
         read_weights: Make the cached checkpoint of a GGUF base, if there is none yet. A dry run does not.
+        budget: Bytes on each device to find the largest batch for.
 
     Raises:
         AbbaError: Whatever does not fit.
@@ -155,9 +165,9 @@ def prepare(recipe: Recipe, *, restart: bool = False, listen: Listener = ignore,
             f"the run in {run.path} has made {checkpoint_step(checkpoint)} steps already, the recipe asks for {steps}; "
             "raise training.max_steps or training.epochs, choose another output, or --restart to start over"
         )
-    longest = max(data.train.data.table.column("input_ids").combine_chunks().value_lengths().to_pylist())
-    _check_length(recipe, config, data)
-    plan = make_plan(recipe, config, skeleton, steps, longest)
+    check_length(recipe, config, data)
+    listen(Stage("Forecasting memory"))
+    plan = make_plan(recipe, skeleton, data.train, steps, _processes(), budget)
     listen(Planned(plan))
     return Preparation(run, checkpoint, base, config, tokenizer, data, plan)
 
@@ -176,18 +186,14 @@ def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, liste
     pad_id = ready.tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     collate: Collator = PackedBatches() if recipe.data.packing else PaddedBatches(pad_id)
-    if keeps_logits(model.get_base_model()):
-        collate = SupervisedBatches(collate)
-    trainer = quiet(
-        AbbaTrainer(
-            model=model,
-            args=arguments(recipe, run, steps, fresh=first == 0),
-            train_dataset=data.train,
-            eval_dataset=data.eval,
-            data_collator=collate,
-            compute_loss_func=supervised_loss,
-            callbacks=[Sampler(recipe, run, ready.tokenizer, data, listen), recorder, *extra_callbacks(recipe)],
-        )
+    trainer = AbbaTrainer(
+        model=model,
+        args=arguments(recipe, run, steps, fresh=first == 0),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=SupervisedBatches(collate, keeps_logits(model.get_base_model())),
+        callbacks=[Sampler(recipe, run, ready.tokenizer, data, listen), recorder, *extra_callbacks(recipe)],
+        group_by_length=recipe.training.group_by_length,
     )
     listen(Started(first, steps, ready.checkpoint))
     if first < steps:
@@ -248,18 +254,6 @@ def _check_same_data(run: RunDir, data: PreparedData) -> None:
         )
 
 
-def _check_length(recipe: Recipe, config: PreTrainedConfig, data: PreparedData) -> None:
-    """Raise a ModelError when a row has more tokens than the model has positions; packed rows start from 0 each."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    rows = max(audit.longest_row_tokens for audit in data.audit.values())
-    longest = min(rows, recipe.data.max_length_tokens)
-    if positions and longest > positions:
-        raise ModelError(
-            f"the longest row has {longest} tokens, but the model has {positions} positions; "
-            f"set data.max_length_tokens to at most {positions}"
-        )
-
-
 def _try_save(model: PeftModel, recipe: Recipe, plan: Plan, run: RunDir) -> None:
     """Save once before the first step, so that a run does not find out at its end that it cannot.
 
@@ -275,7 +269,7 @@ def _try_save(model: PeftModel, recipe: Recipe, plan: Plan, run: RunDir) -> None
             shutil.rmtree(trial, ignore_errors=True)
     # A checkpoint is the adapter and the optimizer's state. A new one is complete before an old one goes, the best one is kept
     # besides, and the finished run has the adapter and the tokenizer at its top.
-    checkpoint = adapter + plan.memory["optimizer state"]
+    checkpoint = adapter + plan.memory.uses[OPTIMIZER]
     needed = (recipe.checkpoints.keep + 1 + bool(recipe.evaluation.every_steps)) * checkpoint + adapter + 10_000_000
     free = shutil.disk_usage(run.path).free
     if free < needed:

@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from abba_cli import adapting, load_recipe, loading, training
 from abba_cli.batches import PaddedBatches
 from abba_cli.loop import AbbaTrainer
-from abba_cli.loss import SupervisedBatches, supervised_loss
+from abba_cli.loss import SupervisedBatches
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -81,12 +81,11 @@ def main() -> None:
 
     def ours(clock: Clock) -> Any:
         return AbbaTrainer(
-            model,
-            TrainingArguments(**common),
-            SupervisedBatches(PaddedBatches(pad_id)),
-            ready.data.train,
+            model=model,
+            args=TrainingArguments(**common),
+            data_collator=SupervisedBatches(PaddedBatches(pad_id)),
+            train_dataset=ready.data.train,
             callbacks=[clock],
-            compute_loss_func=supervised_loss,
         )
 
     def trl(clock: Clock) -> Any:

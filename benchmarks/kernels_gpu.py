@@ -113,13 +113,13 @@ def cases(m: int, n: int, rank: int, factor_dtype: torch.dtype, device: str) -> 
     yield Case(
         "W0 + dW",
         lambda: kernels.add_delta(W0, adapters, False, dtype),
-        lambda: dense.add_update(W0, adapters, False, dtype, own=False),
+        lambda: dense.add_update(W0, adapters, False, dtype),
         lambda: exact_sum(W0),
     )
     yield Case(
         "nf4 W0 + dW",
         lambda: kernels.dequantize_4bit(packed, state.absmax, state.code, 64, (m, n), adapters, dtype),
-        lambda: dense.add_update(functional.dequantize_4bit(packed, state), adapters, False, dtype, own=True),
+        lambda: dense.effective_weight(functional.dequantize_4bit(packed, state), adapters, False, dtype, own=True),
         lambda: exact_sum((state.code[nibbles(packed)].view(-1, 64) * state.absmax[:, None]).view(m, n)),
     )
     yield Case("gradients", lambda: kernels.contract(G, factors, s), gradients, exact_gradients)

@@ -32,9 +32,7 @@ def loss_of(model: PreTrainedModel, data: PreparedData, pad_id: int, batch: int 
     with torch.no_grad():
         for start in range(0, len(data.eval), batch):
             rows = [data.eval[index] for index in range(start, min(start + batch, len(data.eval)))]
-            inputs = collate(rows)
-            labels = inputs.pop("labels")
-            losses, tokens = row_losses(model(**inputs).logits, labels)
+            losses, tokens = row_losses(model, collate(rows), None)
             total, count = total + float(losses.sum()), count + float(tokens.sum())
     return total / count
 

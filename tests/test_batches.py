@@ -15,7 +15,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from abba_cli.batches import PackedBatches, PaddedBatches, pack, require_separation, separates_documents, tokenize
+from abba_cli.batches import (
+    PackedBatches,
+    PaddedBatches,
+    grouped_by_length,
+    pack,
+    require_separation,
+    separates_documents,
+    tokenize,
+)
 from abba_cli.errors import ModelError
 from abba_cli.prompts import Segment
 
@@ -133,6 +141,33 @@ def test_pack_agrees_with_trl() -> None:
 def test_pack_of_full_rows_and_of_nothing() -> None:
     assert pack([8, 8], 8) == [[0], [1]]
     assert pack([], 8) == []
+
+
+def padding(lengths: list[int], order: list[int], batch: int) -> int:
+    batches = [[lengths[row] for row in order[start : start + batch]] for start in range(0, len(order), batch)]
+    return sum(max(one) * len(one) - sum(one) for one in batches)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1000, 8), (1003, 8), (5, 8), (8, 8), (0, 4), (7, 1)])
+def test_grouping_by_length_keeps_every_row_once(rows: int, batch: int) -> None:
+    rng = random.Random(rows)
+    lengths = [rng.randint(1, 300) for _ in range(rows)]
+    order = grouped_by_length(lengths, batch, seed=1)
+    assert sorted(order) == list(range(rows))
+    assert grouped_by_length(lengths, batch, seed=1) == order
+    if rows > batch > 1:
+        assert grouped_by_length(lengths, batch, seed=2) != order
+
+
+def test_grouping_by_length_saves_padding_and_mixes_the_batches() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 300) for _ in range(4000)]
+    drawn = rng.sample(range(4000), 4000)
+    order = grouped_by_length(lengths, 8, seed=0)
+    assert padding(lengths, order, 8) < 0.1 * padding(lengths, drawn, 8)
+    # No drift: every stretch of 50 batches is as long on average as the data.
+    means = [sum(lengths[row] for row in order[start : start + 400]) / 400 for start in range(0, 4000, 400)]
+    assert max(means) < 1.35 * min(means)
 
 
 def test_padding_masks_by_position_when_pad_is_eos() -> None:

@@ -78,6 +78,12 @@ def test_patience_needs_evaluations_to_count() -> None:
     assert recipe(data={"eval": "held-out.jsonl"}, evaluation={"patience": 2, "every_steps": 9}).evaluation.patience == 2
 
 
+def test_packed_rows_have_no_length_to_group_by() -> None:
+    with pytest.raises(ValidationError, match=r"data\.packing leaves no padding that training\.group_by_length could save"):
+        recipe(data={"packing": True}, training={"group_by_length": True})
+    assert recipe(data={"packing": False}, training={"group_by_length": True}).training.group_by_length
+
+
 @pytest.mark.parametrize(
     "written", ["rows.jsonl", ["rows.jsonl"], {"path": "rows.jsonl"}, [{"path": "rows.jsonl", "split": "train"}]]
 )

@@ -23,7 +23,11 @@ Weight = torch.Tensor | QuantisedWeight
 
 
 def effective_weight(
-    weight: torch.Tensor | None, adapters: Sequence[Scaled], transposed: bool = False, dtype: torch.dtype | None = None
+    weight: torch.Tensor | None,
+    adapters: Sequence[Scaled],
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+    own: bool = False,
 ) -> torch.Tensor:
     """Returns W0 + sum of s dW in W0's layout, summed in the wider of the dtypes and rounded once to `dtype`.
 
@@ -32,28 +36,27 @@ def effective_weight(
         adapters: (factors, s) of each adapter.
         transposed: whether W0 is stored as (n, m).
         dtype: of the result; None takes W0's.
+        own: whether W0 may be written over.
     """
     total = weight
     for (B1, A1, B2, A2), s in adapters:
         P1, P2 = (A1.T @ B1.T, A2.T @ B2.T) if transposed else (B1 @ A1, B2 @ A2)
-        if total is None:
-            total = P1.mul_(P2).mul_(s)
+        if total is not None and torch.promote_types(total.dtype, P1.dtype) == total.dtype:
+            total = total.addcmul_(P1, P2, value=s) if own else torch.addcmul(total, P1, P2, value=s)
         else:
-            wide = total.to(torch.promote_types(total.dtype, P1.dtype))
-            total = torch.addcmul(wide, P1, P2, value=s) if wide is weight else wide.addcmul_(P1, P2, value=s)
+            # In place, in the product's own memory: fresh memory of this size costs a CPU more than the arithmetic.
+            P1.mul_(P2).mul_(s)
+            total = P1 if total is None else P1.add_(total)
+        own = True
     assert total is not None
     return total.to(dtype or (total if weight is None else weight).dtype)
 
 
-def make_products(adapters: Sequence[Scaled], transposed: bool, dtype: torch.dtype, exact: bool = False) -> list[Products]:
-    """Returns B1 A1 and B2 A2 of each adapter, in W0's layout, for a layer that computes in `dtype`.
+def make_products(adapters: Sequence[Scaled], transposed: bool, dtype: torch.dtype) -> list[Products]:
+    """Returns B1 A1 and B2 A2 of each adapter, in W0's layout, for the backward of a layer that computes in `dtype`.
 
-    Args:
-        adapters: (factors, s) of each adapter.
-        transposed: whether W0 is stored as (n, m).
-        dtype: of the layer's matmul.
-        exact: whether a bfloat16 layer's products are to be made in float32. Backward does without: its G is rounded to 8 bits
-            itself, and for dx it matters little that dW is off by less than 1%. Float16 has too narrow a range for it.
+    For bfloat16 they are made in bfloat16: G is rounded to 8 bits itself, and for dx it matters little that dW is off by less
+    than 1%. Float16 has too narrow a range for that.
 
     Returns:
         (m, n) each or, if `transposed`, (n, m); an empty list where a GPU kernel makes them as it goes.
@@ -63,8 +66,7 @@ def make_products(adapters: Sequence[Scaled], transposed: bool, dtype: torch.dty
     pairs = []
     for four, _ in adapters:
         wide = torch.promote_types(torch.promote_types(four.B1.dtype, dtype), torch.float32)
-        low = dtype == torch.bfloat16 and not (exact and four.B1.dtype != dtype)
-        working = dtype if low else wide
+        working = dtype if dtype == torch.bfloat16 else wide
         B1, A1, B2, A2 = (factor.to(working) for factor in four)
         pairs.append((A1.T @ B1.T, A2.T @ B2.T) if transposed else (B1 @ A1, B2 @ A2))
     return pairs
@@ -84,7 +86,7 @@ def add_update(
         adapters: (factors, s) of each adapter.
         transposed: whether W0 is stored as (n, m).
         dtype: of the layer's matmul and of the result.
-        pairs: the result of `make_products`, where it is at hand; it stays as it is.
+        pairs: the result of `make_products` in backward; it stays as it is. None makes dW in the factors' dtype, as a merge does.
     """
     packed = weight.packed() if isinstance(weight, QuantisedWeight) else None
     kernels = _on_triton(packed.values if packed else None, adapters, dtype)
@@ -95,7 +97,9 @@ def add_update(
     kernels = _on_triton(total, adapters, dtype)
     if kernels is not None:
         return kernels.add_delta(total, adapters, transposed, dtype)  # type: ignore[no-any-return]
-    for (P1, P2), (_, s) in zip(pairs or make_products(adapters, transposed, dtype, exact=True), adapters, strict=True):
+    if not pairs:
+        return effective_weight(total, adapters, transposed, dtype, own)
+    for (P1, P2), (_, s) in zip(pairs, adapters, strict=True):
         if total is None:
             total = torch.mul(P1, P2).mul_(s)
         elif own and total.dtype == P1.dtype:

@@ -9,6 +9,15 @@ from abba_cli.commands.options import PushOption
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
 
+def _budget(text: str) -> int:
+    from abba_cli.forecast.budget import parse_budget
+
+    try:
+        return parse_budget(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     overrides: Annotated[
@@ -19,6 +28,17 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check recipe, data and adapter and estimate memory, without reading the weights."),
     ] = False,
+    fit: Annotated[
+        int | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            parser=_budget,
+            help="A dry run that finds the largest batch for this much memory on each device, such as 24GB, and what helps "
+            "where the recipe takes more.",
+            show_default=False,
+        ),
+    ] = None,
     push: PushOption = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over in an output directory that holds a run; that run is lost.")
@@ -40,9 +60,9 @@ def train(
     # A signal during the steps is handled there, with a checkpoint; before and after there is nothing to save.
     advice = "run the same command again to go on"
     console = open_console()
-    with interruptible(advice), RunDisplay(console, plan_only=dry_run) as display:
-        if dry_run:
-            training.prepare(read, restart=restart, listen=display)
+    with interruptible(advice), RunDisplay(console, plan_only=dry_run or fit is not None) as display:
+        if dry_run or fit is not None:
+            training.prepare(read, restart=restart, listen=display, budget=fit)
             return
         run = training.train(read, restart=restart, listen=display)
     if push is not None:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from abba_cli.adapter import Factors
-from abba_cli.adapter.kernels import effective_weight
+from abba_cli.adapter.dense import effective_weight
 from abba_cli.checkpoint import DTYPES, Checkpoint, Planned, Stored, planned, read_file, write_tensor
 from abba_cli.errors import ModelError
 from abba_cli.merge.dequantising import quantised_layers, round_trip

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from abba_cli.events import Audited, Evaluated, Event, Finished, Planned, Sampled, Saved, Stage, Started, Stepped, Stopping
-from abba_cli.plan import Plan
 from abba_cli.prepared import PreparedData, Span
+from abba_cli.ui.forecast import show_plan
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -168,37 +168,6 @@ def marked(spans: Sequence[Span], plain: bool) -> Text:
     for span in spans:
         text.append(f">>>{span.text}<<<" if plain and span.supervised else span.text, style="green" if span.supervised else "dim")
     return text
-
-
-def show_plan(console: Console, plan: Plan, everything: bool) -> None:
-    """Layers, parameters and the memory estimate."""
-    shapes: dict[tuple[str, int, int, int, int], int] = {}
-    for layer in plan.layers:
-        key = (layer.name.rpartition(".")[2], layer.m, layer.n, layer.r1, layer.r2)
-        shapes[key] = shapes.get(key, 0) + 1
-    share = plan.trainable / plan.total
-    console.print(
-        f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained "
-        f"({share:.2%})\n"
-        f"      {plan.steps:,} steps of at most {plan.tokens_per_step:,} tokens, "
-        f"about {sum(plan.memory.values()) / 1e9:.1f} GB of memory on each device",
-        highlight=False,
-    )
-    if not everything:
-        return
-    table = Table(title="Adapted layers", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("module")
-    for heading in ("count", "weight", "r1", "r2", "parameters"):
-        table.add_column(heading, justify="right")
-    for (name, m, n, r1, r2), count in shapes.items():
-        table.add_row(name, str(count), f"{m} x {n}", str(r1), str(r2), f"{count * (r1 + r2) * (m + n):,}")
-    console.print(table)
-    memory = Table(title="Memory estimate", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    memory.add_column("use")
-    memory.add_column("MB", justify="right")
-    for use, size in plan.memory.items():
-        memory.add_row(use, f"{size / 1e6:,.0f}")
-    console.print(memory)
 
 
 def show_summary(console: Console, event: Finished) -> None:

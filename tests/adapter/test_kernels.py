@@ -7,11 +7,11 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
-from abba_cli.adapter import factors as spec
 from abba_cli.adapter import dense, kernels, passes
+from abba_cli.adapter import factors as spec
 from abba_cli.adapter.cost import Way
-from abba_cli.adapter.factors import Factors
 from abba_cli.adapter.dense import Scaled
+from abba_cli.adapter.factors import Factors
 
 M, N = 9, 13
 
@@ -171,5 +171,3 @@ def test_zero_B2_changes_no_bit(way: str) -> None:
         x, weight, bias = torch.randn(50, N).to(dtype), torch.randn(M, N).to(dtype), torch.randn(M).to(dtype)
         y = kernels.adapted_linear(x, weight, bias, [(factors, s)], transposed=False)
         assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
-
-
