@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from abba_cli import __version__
-from abba_cli.memory import available_memory
+from abba_cli.memory import available_memory, reuse_freed_memory
 
 from .grids import SHAPES, Row, Shape
 from .memory import kept_bytes, peak_bytes
@@ -55,6 +55,7 @@ def measure(row: Row, settings: Settings) -> dict[str, Any]:
     A method that runs out of a GPU's memory is left out and the others go on. On a CPU the system ends the process.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
+    reuse_freed_memory()  # as `abba train` does; for all methods alike
     device, shape = torch.device(settings.device), SHAPES[row.shape]
     torch.manual_seed(0)
     layers = layers_that_fit(row, shape, available_memory(device))
