@@ -50,6 +50,7 @@ def train(
     read = load_recipe(recipe, overrides or [])
     quiet_libraries()
     from abba_cli import training
+    from abba_cli.memory import reuse_freed_memory
     from abba_cli.pushing import check_push
     from abba_cli.pushing import push as upload
     from abba_cli.ui.steps import StepsDisplay, show_pushed
@@ -64,6 +65,7 @@ def train(
         if dry_run or fit is not None:
             training.prepare(read, restart=restart, listen=display, budget=fit)
             return
+        reuse_freed_memory()
         run = training.train(read, restart=restart, listen=display)
     if push is not None:
         with interruptible(f"{run.path} is complete, but not uploaded"), StepsDisplay(console) as steps:
