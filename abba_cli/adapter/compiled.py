@@ -23,8 +23,9 @@ def linear(
     transposed: bool,
     dtype: torch.dtype,
     kernel: str,
+    exact: bool,
 ) -> torch.Tensor:
-    return forward_pass(x, weight, bias, factors, scales, transposed, dtype, kernel, True)  # type: ignore[arg-type]
+    return forward_pass(x, weight, bias, factors, scales, transposed, dtype, kernel, True, exact)  # type: ignore[arg-type]
 
 
 @linear.register_fake
@@ -37,6 +38,7 @@ def _(
     transposed: bool,
     dtype: torch.dtype,
     kernel: str,
+    exact: bool,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], factors[0].shape[0]), dtype=dtype)
 
@@ -76,7 +78,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, factors, *ctx.settings = inputs
+    x, weight, bias, factors, *ctx.settings, _ = inputs
     ctx.save_for_backward(x, weight, *factors)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.needs_x, ctx.needs = x.requires_grad, [factor.requires_grad for factor in factors]
@@ -88,7 +90,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     dx = next(found) if ctx.needs_x else None
     grads = [next(found) if need else None for need in ctx.needs]
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias, grads, None, None, None, None
+    return dx, None, dbias, grads, None, None, None, None, None
 
 
 linear.register_autograd(_backward, setup_context=_keep)

@@ -53,10 +53,10 @@ def effective_weight(
 
 
 def make_products(adapters: Sequence[Scaled], transposed: bool, dtype: torch.dtype) -> list[Products]:
-    """Returns B1 A1 and B2 A2 of each adapter, in W0's layout, for the backward of a layer that computes in `dtype`.
+    """Returns B1 A1 and B2 A2 of each adapter, in W0's layout, for a layer that trains in `dtype`.
 
-    For bfloat16 they are made in bfloat16: G is rounded to 8 bits itself, and for dx it matters little that dW is off by less
-    than 1%. Float16 has too narrow a range for that.
+    For bfloat16 they are made in bfloat16, which changes dW by less than 1% of itself, while its sum with W0 is rounded to 8 bits
+    of W0 in any case, and G to 8 bits of its own. Float16 has too narrow a range for that.
 
     Returns:
         (m, n) each or, if `transposed`, (n, m); an empty list where a GPU kernel makes them as it goes.
@@ -77,7 +77,7 @@ def add_update(
     adapters: Sequence[Scaled],
     transposed: bool,
     dtype: torch.dtype,
-    pairs: Sequence[Products] | None = None,
+    pairs: Sequence[Products] = (),
 ) -> torch.Tensor:
     """Returns W0 + sum of s dW in W0's layout and `dtype`, for one forward or backward.
 
@@ -86,7 +86,7 @@ def add_update(
         adapters: (factors, s) of each adapter.
         transposed: whether W0 is stored as (n, m).
         dtype: of the layer's matmul and of the result.
-        pairs: the result of `make_products` in backward; it stays as it is. None makes dW in the factors' dtype, as a merge does.
+        pairs: the result of `make_products`, which stays as it is. Without it dW is made in the factors' dtype, as in a merge.
     """
     packed = weight.packed() if isinstance(weight, QuantisedWeight) else None
     kernels = _on_triton(packed.values if packed else None, adapters, dtype)

@@ -53,11 +53,11 @@ class AbbaLinear(AbbaLayer):
                 self._kept = kept
                 if kept is not None and kept.weight is not None:
                     return kept.matmul(x)
-            return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed, kernel)
+            return adapted_linear(x, inner.weight, inner.bias, adapters, self.transposed, kernel, not self.training)
         if not dropping and not args and not kwargs and inner.training and self._is_dequantised(inner):
             dtype = getattr(inner, "compute_dtype", None) or x.dtype
             weight = QuantisedWeight(inner, self.get_base_weight)
-            return adapted_linear(x.to(dtype), weight, inner.bias, adapters, False, kernel).to(x.dtype)
+            return adapted_linear(x.to(dtype), weight, inner.bias, adapters, False, kernel, exact=False).to(x.dtype)
         y = self._base_forward(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)

@@ -30,6 +30,7 @@ def forward_pass(
     dtype: torch.dtype,
     kernel: Kernel,
     training: bool,
+    exact: bool,
 ) -> torch.Tensor:
     """Returns x (W0 + sum of s dW)^T + bias, (..., m), in `dtype`.
 
@@ -43,6 +44,7 @@ def forward_pass(
         dtype: of the matmul and the result.
         kernel: what the user asked for.
         training: whether gradients of the factors will be asked for.
+        exact: whether W0 + dW has to be the weight of a merge, bit by bit.
     """
     adapters = _adapters(factors, scales)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -50,7 +52,8 @@ def forward_pass(
         xd = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if way.effective and adapters:
-            return _matmul(xd, add_update(weight, adapters, transposed, dtype), bias, transposed)
+            pairs = [] if exact else make_products(adapters, transposed, dtype)
+            return _matmul(xd, add_update(weight, adapters, transposed, dtype, pairs), bias, transposed)
         y = None if weight is None else _matmul(xd, _read(weight, dtype), bias, transposed)
         for four, s in adapters:
             update = factored.update(xd, four, s, dtype)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from abba_cli.adapter import AbbaConfig, AbbaLayer, delta_weight, factors, svd_progress
+from abba_cli.adapter.dense import effective_weight
 
 ALL_LINEAR = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -438,8 +439,8 @@ def test_merge_and_unmerge(tiny: ModelMaker, ids: torch.Tensor, architecture: st
     torch.testing.assert_close(logits(merged, ids), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_bfloat16_merge_is_the_weight_that_training_used(tiny: ModelMaker, ids: torch.Tensor) -> None:
-    model = trained(tiny(dtype=torch.bfloat16), ids)
+def test_a_bfloat16_merge_is_the_weight_of_an_evaluation(tiny: ModelMaker, ids: torch.Tensor) -> None:
+    model = trained(tiny(dtype=torch.bfloat16), ids).eval()
     layers = abba_layers(model.base_model.model)
     exact = {
         name: (layer.weight.double() + layer.get_delta_weight("default").double()).bfloat16() for name, layer in layers.items()
@@ -450,6 +451,16 @@ def test_a_bfloat16_merge_is_the_weight_that_training_used(tiny: ModelMaker, ids
     assert torch.equal(logits(merged, ids), expected)
     for name, weight in exact.items():
         torch.testing.assert_close(merged.get_submodule(name).weight, weight, atol=0, rtol=2**-7)
+
+
+def test_training_in_bfloat16_uses_the_merged_weight_up_to_a_last_bit(tiny: ModelMaker, ids: torch.Tensor) -> None:
+    model = trained(tiny(dtype=torch.bfloat16), ids)
+    for layer in abba_layers(model.base_model.model).values():
+        merged = effective_weight(layer.weight, [(layer.factors("default"), layer.scaling["default"])])
+        # The layer's own weight, read off its answers to the unit vectors, which are exact.
+        used = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).detach().T
+        torch.testing.assert_close(used, merged, atol=2e-5, rtol=2**-7)
+        assert not torch.equal(merged, layer.weight)
 
 
 def test_unload_returns_the_base(tiny: ModelMaker, ids: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ def layer(dtype: torch.dtype, adapters: int = 1) -> tuple[torch.Tensor, torch.Te
 def test_is_a_proper_operation(kernel: str, adapters: int) -> None:
     """PyTorch's own check of schema, fake kernel, autograd and tracing."""
     x, weight, bias, factors = layer(torch.float32, adapters)
-    arguments = (x, weight, bias, factors, [0.3] * adapters, False, torch.float32, kernel)
+    arguments = (x, weight, bias, factors, [0.3] * adapters, False, torch.float32, kernel, True)
     torch.library.opcheck(linear, arguments, atol=1e-4, rtol=1e-4)
 
 
@@ -40,7 +40,7 @@ def test_gradients_are_the_eager_layers(kernel: str, frozen: bool) -> None:
     leaves = [leaf for leaf in (x, bias, *factors) if leaf.requires_grad]
     eager = adapted_linear(x, weight, bias, [(Factors(*factors), 0.3)], False, kernel)  # type: ignore[arg-type]
     expected = torch.autograd.grad(eager.square().sum(), leaves)
-    actual = linear(x, weight, bias, factors, [0.3], False, torch.float32, kernel)
+    actual = linear(x, weight, bias, factors, [0.3], False, torch.float32, kernel, True)
     torch.testing.assert_close(actual, eager)
     for a, b in zip(torch.autograd.grad(actual.square().sum(), leaves), expected, strict=True):
         torch.testing.assert_close(a, b)
