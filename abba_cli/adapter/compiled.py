@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .passes import backward_pass, forward_pass
+from .passes import Call, backward_pass, forward_pass
 
 
 @torch.library.custom_op("abba::linear", mutates_args=())
@@ -25,7 +25,8 @@ def linear(
     kernel: str,
     exact: bool,
 ) -> torch.Tensor:
-    return forward_pass(x, weight, bias, factors, scales, transposed, dtype, kernel, True, exact)  # type: ignore[arg-type]
+    call = Call(scales, transposed, dtype, kernel, True, exact)  # type: ignore[arg-type]
+    return forward_pass(x, weight, bias, factors, call)
 
 
 @linear.register_fake
@@ -56,7 +57,8 @@ def linear_backward(
     needs_x: bool,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    dx, grads = backward_pass(dy, x, weight, factors, scales, transposed, dtype, kernel, True, needs_x, needs)  # type: ignore[arg-type]
+    call = Call(scales, transposed, dtype, kernel, True, False)  # type: ignore[arg-type]
+    dx, grads = backward_pass(dy, x, weight, factors, call, needs_x, needs)
     return [grad for grad in (dx, *grads) if grad is not None]
 
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .compiled import linear
 from .cost import Kernel
 from .dense import Scaled, Weight
-from .passes import backward_pass, forward_pass
+from .passes import Call, backward_pass, forward_pass
 from .quantised import QuantisedWeight
 
 
@@ -83,7 +83,8 @@ def _linear(
     # Not `torch.is_grad_enabled()`: reentrant checkpointing runs the first forward without gradients, and both
     # forwards should take the same way.
     training = any(factor.requires_grad for factor in factors)
-    return _Linear.apply(x, weight, bias, scales, transposed, dtype, kernel, training, exact, *factors)  # type: ignore[no-any-return, no-untyped-call]
+    call = Call(scales, transposed, dtype, kernel, training, exact)
+    return _Linear.apply(x, weight, bias, call, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
@@ -91,31 +92,18 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: Weight | None,
-        bias: torch.Tensor | None,
-        scales: list[float],
-        transposed: bool,
-        dtype: torch.dtype,
-        kernel: Kernel,
-        training: bool,
-        exact: bool,
-        *factors: torch.Tensor,
+        ctx: Any, x: torch.Tensor, weight: Weight | None, bias: torch.Tensor | None, call: Call, *factors: torch.Tensor
     ) -> torch.Tensor:
         ctx.quantised = weight if isinstance(weight, QuantisedWeight) else None
         ctx.save_for_backward(x, None if ctx.quantised else weight, *factors)
-        ctx.settings = (scales, transposed, dtype, kernel, training)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return forward_pass(x, weight, bias, factors, scales, transposed, dtype, kernel, training, exact)
+        ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
+        return forward_pass(x, weight, bias, factors, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, *factors = ctx.saved_tensors
-        needs_x, _, needs_bias, _, _, _, _, _, _, *needs = ctx.needs_input_grad
-        scales, transposed, dtype, kernel, training = ctx.settings
-        W0 = ctx.quantised or weight
-        dx, grads = backward_pass(dy, x, W0, factors, scales, transposed, dtype, kernel, training, needs_x, needs)
+        needs_x, _, needs_bias, _, *needs = ctx.needs_input_grad
+        dx, grads = backward_pass(dy, x, ctx.quantised or weight, factors, ctx.call, needs_x, needs)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return dx, None, dbias, None, None, None, None, None, None, *grads
+        return dx, None, dbias, None, *grads

@@ -9,6 +9,7 @@ Shape legend (see factors.py for the mathematics)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +21,10 @@ from .factors import Factors
 from .quantised import QuantisedWeight
 
 
-def forward_pass(
-    x: torch.Tensor,
-    weight: Weight | None,
-    bias: torch.Tensor | None,
-    factors: Sequence[torch.Tensor],
-    scales: Sequence[float],
-    transposed: bool,
-    dtype: torch.dtype,
-    kernel: Kernel,
-    training: bool,
-    exact: bool,
-) -> torch.Tensor:
-    """Returns x (W0 + sum of s dW)^T + bias, (..., m), in `dtype`.
+class Call(NamedTuple):
+    """What a layer is called with besides tensors.
 
-    Args:
-        x: (..., n).
-        weight: W0, or None for the update alone.
-        bias: (m,) or None.
-        factors: B1, A1, B2, A2 of each adapter, one after the other.
+    Attributes:
         scales: s of each adapter.
         transposed: whether W0 is stored as (n, m).
         dtype: of the matmul and the result.
@@ -46,13 +32,35 @@ def forward_pass(
         training: whether gradients of the factors will be asked for.
         exact: whether W0 + dW has to be the weight of a merge, bit by bit.
     """
-    adapters = _adapters(factors, scales)
+
+    scales: Sequence[float]
+    transposed: bool
+    dtype: torch.dtype
+    kernel: Kernel
+    training: bool
+    exact: bool
+
+
+def forward_pass(
+    x: torch.Tensor, weight: Weight | None, bias: torch.Tensor | None, factors: Sequence[torch.Tensor], call: Call
+) -> torch.Tensor:
+    """Returns x (W0 + sum of s dW)^T + bias, (..., m).
+
+    Args:
+        x: (..., n).
+        weight: W0, or None for the update alone.
+        bias: (m,) or None.
+        factors: B1, A1, B2, A2 of each adapter, one after the other.
+        call: the rest.
+    """
+    transposed, dtype = call.transposed, call.dtype
+    adapters = _adapters(factors, call.scales)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        way = _way(x, weight, adapters, dtype, kernel, training)
+        way = _way(x, weight, adapters, call)
         xd = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if way.effective and adapters:
-            pairs = [] if exact else make_products(adapters, transposed, dtype)
+            pairs = [] if call.exact else make_products(adapters, transposed, dtype)
             return _matmul(xd, add_update(weight, adapters, transposed, dtype, pairs), bias, transposed)
         y = None if weight is None else _matmul(xd, _read(weight, dtype), bias, transposed)
         for four, s in adapters:
@@ -67,11 +75,7 @@ def backward_pass(
     x: torch.Tensor,
     weight: Weight | None,
     factors: Sequence[torch.Tensor],
-    scales: Sequence[float],
-    transposed: bool,
-    dtype: torch.dtype,
-    kernel: Kernel,
-    training: bool,
+    call: Call,
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
@@ -81,11 +85,12 @@ def backward_pass(
         needs_x: whether dx is wanted; else None.
         needs: whether the gradient of each factor is wanted; else None in its place.
     """
-    adapters = _adapters(factors, scales)
+    transposed, dtype = call.transposed, call.dtype
+    adapters = _adapters(factors, call.scales)
     wanted = [any(needs[4 * i : 4 * i + 4]) for i in range(len(adapters))]
     grads: list[torch.Tensor | None] = [None] * len(needs)
     with torch.autocast(x.device.type, enabled=False):
-        way = _way(x, weight, adapters, dtype, kernel, training)
+        way = _way(x, weight, adapters, call)
         dy2 = dy.reshape(-1, dy.shape[-1])
         x2 = x.reshape(-1, x.shape[-1]).to(dtype)
         dense = way.dense and any(wanted)
@@ -121,14 +126,12 @@ def _read(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return (weight() if isinstance(weight, QuantisedWeight) else weight).to(dtype)
 
 
-def _way(
-    x: torch.Tensor, weight: Weight | None, adapters: Sequence[Scaled], dtype: torch.dtype, kernel: Kernel, training: bool
-) -> Way:
+def _way(x: torch.Tensor, weight: Weight | None, adapters: Sequence[Scaled], call: Call) -> Way:
     n = x.shape[-1]
     ranks = tuple((four.A1.shape[0], four.A2.shape[0]) for four, _ in adapters)
     m = adapters[0][0].B1.shape[0] if adapters else 0
-    shape = Shape(x.numel() // max(n, 1), m, n, ranks, dtype.itemsize, weight is not None, training)
-    return choose(shape, kernel, x.device)
+    shape = Shape(x.numel() // max(n, 1), m, n, ranks, call.dtype.itemsize, weight is not None, call.training)
+    return choose(shape, call.kernel, x.device)
 
 
 def _adapters(factors: Sequence[torch.Tensor], scales: Sequence[float]) -> list[Scaled]:
