@@ -72,7 +72,7 @@ def test_train_prints_what_it_does(abba: Callable[..., tuple[int, str, str]], re
 def test_dry_run_writes_nothing(abba: Callable[..., tuple[int, str, str]], recipe_file: RecipeFile, tmp_path: Path) -> None:
     code, out, err = abba("train", recipe_file(), "--dry-run")
     assert code == 0, err
-    assert "Memory estimate" in out
+    assert "Memory forecast" in out
     assert re.search(r"q_proj +2 +32 x 32 +4 +3 +896", out)
     assert not (tmp_path / "run").exists()
 
