@@ -36,7 +36,8 @@ def reuse_freed_memory() -> None:
     """Has the C library keep what is freed for the next allocation, where the training is on a CPU.
 
     glibc gives a large block back to the system when it is freed, and gets a new one, page by page, for the next tensor of the
-    same size: for SmolLM2-135M that is 15% of a training step (benchmarks/LOG.md). Other C libraries have no such setting.
+    same size. What that costs grows with the tensors: nothing in the quickstart, 15% of a step with whole logits
+    (benchmarks/LOG.md). Other C libraries have no such setting.
     """
     if torch.cuda.is_available() or not sys.platform.startswith("linux"):
         return
