@@ -50,7 +50,7 @@ class Device(NamedTuple):
     call: float
 
 
-# Two cores of an AMD EPYC with AVX512-BF16 (measured, benchmarks/cost_model.py). More cores move all but the last alike.
+# Two cores of an AMD EPYC with AVX512-BF16 (single operations timed, benchmarks/LOG.md). More cores move all but the last alike.
 CPU = Device(low=370e9, full=165e9, thin=0.65, bandwidth=45e9, call=12e-6)
 CPU_WITHOUT_BF16 = CPU._replace(low=60e9)  # oneDNN then converts to float32 and back
 # H100 and A100 from their data sheets, at the half that large products of real models reach; not measured.
