@@ -1,5 +1,6 @@
 """The `abba` command. Heavy rooms are imported inside each command, so that `abba --help` is instant."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -66,9 +67,12 @@ def main() -> None:
     """Run the command line; a user's error becomes one message and exit code 1."""
     try:
         app(prog_name="abba")
-    except TrainingInterrupted as error:
-        typer.echo(str(error), err=True)
-        sys.exit(128 + error.signal_number)
     except AbbaError as error:
-        typer.echo(f"abba: {error}", err=True)
+        number = int(os.environ.get("RANK", "0"))
+        if error.shared and number > 0:
+            sys.exit(0)  # the main process says it, and fails; had this one failed first, it might be ended before it can
+        if isinstance(error, TrainingInterrupted):
+            typer.echo(str(error), err=True)
+            sys.exit(128 + error.signal_number)
+        typer.echo(f"abba: {f'process {number}: ' if number else ''}{error}", err=True)
         sys.exit(1)

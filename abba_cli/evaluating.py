@@ -19,7 +19,6 @@ from abba_cli.evaluation.harness.scoring import check_tasks, score_with_harness
 from abba_cli.evaluation.journal import HARNESS_FOLDER, Journal, check_folder, locked
 from abba_cli.evaluation.options import EvaluationOptions
 from abba_cli.evaluation.paper import score_paper
-from abba_cli.evaluation.processes import join_processes
 from abba_cli.evaluation.questions import TaskItems, read_items
 from abba_cli.evaluation.reporting.statistics import wilson_interval
 from abba_cli.evaluation.reporting.tables import results_markdown
@@ -29,6 +28,7 @@ from abba_cli.evaluation.scores import TaskScore, beside_baseline
 from abba_cli.evaluation.tasks import GROUPS, find_tasks
 from abba_cli.evaluation.vllm import check_vllm, serving
 from abba_cli.events import Listener, Note, Stage, ignore
+from abba_cli.processes import join_processes
 from abba_cli.saved_adapter import SavedAdapter, open_adapter
 from abba_cli.speakers import RUNS, Source, Speaker, load_for_generation, named_adapter
 

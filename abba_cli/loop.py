@@ -28,6 +28,7 @@ from abba_cli.batches import grouped_by_length
 from abba_cli.errors import RunError
 from abba_cli.head import separable_head
 from abba_cli.loss import row_losses, training_loss
+from abba_cli.processes import PATIENCE
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
 
@@ -96,6 +97,9 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         dataloader_pin_memory=cuda,
         accelerator_config={"non_blocking": cuda},
         ddp_find_unused_parameters=False,
+        ddp_timeout=int(PATIENCE.total_seconds()),
+        # Without being told, accelerate takes a process group on a machine without accelerator for a single process.
+        use_cpu=not torch.accelerator.is_available(),
     )
     if built.parallel_mode.value == "not_distributed" and cuda:
         # With several cards and one process, Trainer would take nn.DataParallel, which replicates the model every step.

@@ -24,7 +24,9 @@ class Plan:
         layers: The adapted layers.
         trainable: Parameters that are trained.
         total: Parameters in all.
+        processes: Processes that train together.
         steps: Optimizer steps.
+        rows_per_step: Rows in an optimizer step, of all processes.
         tokens_per_step: Upper bound of the tokens in one optimizer step of one process.
         memory: Bytes on each device, by use.
         fit: What fits into the budget asked about.
@@ -34,7 +36,9 @@ class Plan:
     layers: list[AdaptedLayer]
     trainable: int
     total: int
+    processes: int
     steps: int
+    rows_per_step: int
     tokens_per_step: int
     memory: Forecast
     fit: Fit | None
@@ -64,7 +68,9 @@ def make_plan(
         layers=adapted_layers(adapted),
         trainable=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         total=sum(parameter.numel() for parameter in adapted.parameters()),
+        processes=processes,
         steps=steps,
+        rows_per_step=recipe.training.batch_size * recipe.training.gradient_accumulation * processes,
         tokens_per_step=memory.tokens * recipe.training.gradient_accumulation,
         memory=memory,
         fit=answer,

@@ -83,6 +83,8 @@ def write_provenance(
         },
         "data": {"fingerprint": data.fingerprint, "files": files},
         "seed": recipe.training.seed,
+        "processes": plan.processes,
+        "rows_per_step": plan.rows_per_step,
         "parameters": {"trainable": plan.trainable, "total": plan.total, "layers": len(plan.layers)},
         "outcome": vars(outcome) if outcome else None,
         "versions": {"python": platform.python_version(), **package_versions()},

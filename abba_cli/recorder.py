@@ -14,6 +14,7 @@ from abba_cli.disk import append_jsonl, disk_errors
 from abba_cli.errors import TrainingDiverged, TrainingInterrupted
 from abba_cli.events import Evaluated, Listener, Saved, Stepped, Stopping
 from abba_cli.memory import peak_memory
+from abba_cli.processes import Crew
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, remove_old_checkpoints, seal_checkpoint
 
@@ -21,8 +22,8 @@ from abba_cli.rundir import RunDir, remove_old_checkpoints, seal_checkpoint
 class Recorder(TrainerCallback):
     """Writes metrics, seals and thins checkpoints, reports progress, and stops at signals and at losses that are no number."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, listen: Listener) -> None:
-        self.recipe, self.run, self.listen = recipe, run, listen
+    def __init__(self, recipe: Recipe, run: RunDir, crew: Crew, listen: Listener) -> None:
+        self.recipe, self.run, self.crew, self.listen = recipe, run, crew, listen
         self.signal_number: int | None = None
         self._clock = (time.perf_counter(), 0)
         self._began = time.perf_counter()
@@ -47,6 +48,8 @@ class Recorder(TrainerCallback):
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The processes hear of a signal at different moments, and have to stop after the same step.
+        self.signal_number = self.crew.largest(self.signal_number or 0) or None
         if self.signal_number is not None:
             control.should_save = control.should_training_stop = True
         # A checkpoint is only good if the loss that led to it was looked at; a best one is decided after an evaluation.
@@ -108,6 +111,7 @@ class Recorder(TrainerCallback):
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.crew.wait()  # each process has written its random state
         if not state.is_world_process_zero:
             return
         checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"

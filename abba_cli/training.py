@@ -3,44 +3,30 @@
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 
-from abba_cli import adapting, bases, loading
+from abba_cli import adapting, loading
 from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
-from abba_cli.data import prepare as prepare_data
 from abba_cli.disk import disk_errors
 from abba_cli.errors import RunError, TrainingInterrupted
-from abba_cli.events import Audited, Finished, Listener, Planned, Stage, Started, ignore
+from abba_cli.events import Finished, Listener, Stage, Started, ignore
 from abba_cli.forecast.prediction import OPTIMIZER
-from abba_cli.loop import AbbaTrainer, arguments, check_logger, extra_callbacks, total_steps
+from abba_cli.loop import AbbaTrainer, arguments, extra_callbacks
 from abba_cli.loss import Collator, SupervisedBatches, keeps_logits
 from abba_cli.memory import peak_memory
-from abba_cli.plan import Plan, check_length, make_plan
-from abba_cli.prepared import PreparedData
+from abba_cli.plan import Plan
+from abba_cli.preparation import Preparation, prepare
+from abba_cli.processes import join_crew
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
 from abba_cli.recorder import Recorder
-from abba_cli.rundir import RunDir, checkpoint_step, locked, open_run, write_recipe
+from abba_cli.rundir import RunDir, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """Everything known about a run before a weight is read."""
-
-    run: RunDir
-    checkpoint: Path | None
-    base: bases.Base
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    plan: Plan
 
 
 def train(
@@ -70,10 +56,14 @@ def train(
             raise TypeError("overrides go with a recipe file; make the Recipe with load_recipe(path, overrides)")
     else:
         recipe = load_recipe(recipe, overrides)
-    ready = prepare(recipe, restart=restart, listen=listen, read_weights=True)
-    run, steps = ready.run, ready.plan.steps
-    if run.finished and ready.checkpoint and run.provenance()["outcome"]["planned_steps"] >= steps and not restart:
-        return _already_finished(ready, listen)
+    crew = join_crew()
+    if not crew.is_main:
+        listen = ignore
+    ready = crew.from_main(lambda: prepare(recipe, restart=restart, listen=listen, read_weights=True, processes=crew.count))
+    run = ready.run
+    if not restart and crew.from_main(lambda: _has_ended(ready)):
+        listen(Finished(path=run.path, already=True, outcome=Outcome(**run.provenance()["outcome"])))
+        return run
 
     listen(Stage("Loading the base model"))
     set_seed(recipe.training.seed)
@@ -91,88 +81,16 @@ def train(
         require_separation(model)
 
     # Nothing was written so far: whatever could be wrong with the input has been found.
-    with locked(run):
-        with disk_errors(run.path):
-            if ready.checkpoint is None:
-                run.clear()
-            else:
-                run.forget_after(checkpoint_step(ready.checkpoint))
-            write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, None)
-        write_recipe(run, recipe)
-        listen(Stage("Trying a save"))
-        _try_save(adapted, recipe, ready.plan, run)
-        outcome = fit(recipe, run, adapted, ready, listen)
-
-        listen(Stage("Writing the run directory"))
-        with disk_errors(run.path):
-            _place_adapter(adapted, run)
-            ready.tokenizer.save_pretrained(run.path)
-            draw_losses(run)
-            write_card(run, recipe, ready.base, ready.plan, outcome)
-            write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
+    with ExitStack() as held:
+        crew.from_main(lambda: held.enter_context(locked(run)))
+        crew.from_main(lambda: _open_run_directory(recipe, ready, adapted, listen))
+        outcome = fit(adapted, ready, listen)
+        crew.from_main(lambda: _complete_run_directory(recipe, ready, adapted, outcome, listen))
     listen(Finished(path=run.path, already=False, outcome=outcome))
     return run
 
 
-def prepare(
-    recipe: Recipe,
-    *,
-    restart: bool = False,
-    listen: Listener = ignore,
-    read_weights: bool = False,
-    budget: int | None = None,
-) -> Preparation:
-    """Check everything that can be checked before the weights are read: output, base, adapter, data, memory.
-
-    Args:
-        recipe: The recipe.
-        restart: As in `train`.
-        listen: Called with events.
-        read_weights: Make the cached checkpoint of a GGUF base, if there is none yet. A dry run does not.
-        budget: Bytes on each device to find the largest batch for.
-
-    Raises:
-        AbbaError: Whatever does not fit.
-    """
-    run, checkpoint = open_run(recipe, restart)
-    listen(Stage("Reading the model's configuration"))
-    loading.check_quantization(recipe.model)
-    check_logger(recipe)
-    base = bases.find_base(recipe.model)
-    if base.gguf_file and read_weights:
-        listen(Stage(f"Dequantising {base.gguf_file} (once)"))
-        base = bases.dequantised(base, recipe.model)
-    config = loading.load_config(base, recipe.model)
-    tokenizer = loading.load_tokenizer(base, recipe.model)
-    skeleton = adapting.check_adapter(config, recipe.model, recipe.adapter, base)
-    if recipe.adapter.start_from is not None:
-        adapting.check_saved(adapting.adapter_config(recipe.adapter, base), recipe.adapter.start_from)
-
-    listen(Stage("Reading the data"))
-    data = prepare_data(
-        recipe.data,
-        tokenizer,
-        recipe.training.seed,
-        samples=recipe.evaluation.samples,
-        progress=lambda done, total: listen(Stage("Tokenising", done, total)),
-    )
-    listen(Audited(data))
-    if checkpoint is not None:
-        _check_same_data(run, data)
-    steps = total_steps(recipe, len(data.train), _processes())
-    if checkpoint is not None and checkpoint_step(checkpoint) > steps:
-        raise RunError(
-            f"the run in {run.path} has made {checkpoint_step(checkpoint)} steps already, the recipe asks for {steps}; "
-            "raise training.max_steps or training.epochs, choose another output, or --restart to start over"
-        )
-    check_length(recipe, config, data)
-    listen(Stage("Forecasting memory"))
-    plan = make_plan(recipe, skeleton, data.train, steps, _processes(), budget)
-    listen(Planned(plan))
-    return Preparation(run, checkpoint, base, config, tokenizer, data, plan)
-
-
-def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
+def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
     """Train `model` in place, up to the recipe's steps, writing metrics and checkpoints into the run directory.
 
     Raises:
@@ -180,9 +98,9 @@ def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, liste
         TrainingDiverged: The loss or the gradient norm is no longer finite.
         RunError: The disk is full.
     """
-    steps, data = ready.plan.steps, ready.data
+    run, recipe, steps, data = ready.run, ready.recipe, ready.plan.steps, ready.data
     first = checkpoint_step(ready.checkpoint) if ready.checkpoint else 0
-    recorder = Recorder(recipe, run, listen)
+    recorder = Recorder(recipe, run, join_crew(), listen)
     pad_id = ready.tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     collate: Collator = PackedBatches() if recipe.data.packing else PaddedBatches(pad_id)
@@ -197,7 +115,7 @@ def fit(recipe: Recipe, run: RunDir, model: PeftModel, ready: Preparation, liste
     )
     listen(Started(first, steps, ready.checkpoint))
     if first < steps:
-        with recorder.signals(), disk_errors(run.path):
+        with recorder.signals(), disk_errors(run.path), join_crew().in_contact():
             trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
         state = trainer.state
     else:
@@ -236,22 +154,36 @@ def _outcome(run: RunDir, made: int, planned: int, used: int) -> Outcome:
     )
 
 
-def _already_finished(ready: Preparation, listen: Listener) -> RunDir:
-    outcome = Outcome(**ready.run.provenance()["outcome"])
-    listen(Finished(path=ready.run.path, already=True, outcome=outcome))
-    return ready.run
+def _has_ended(ready: Preparation) -> bool:
+    """Whether the run has made the steps that it is asked for."""
+    run = ready.run
+    return run.finished and ready.checkpoint is not None and run.provenance()["outcome"]["planned_steps"] >= ready.plan.steps
 
 
-def _check_same_data(run: RunDir, data: PreparedData) -> None:
-    try:
-        before = run.provenance()["data"]["fingerprint"]
-    except RunError:
-        return
-    if before != data.fingerprint:
-        raise RunError(
-            f"the data is not what the run in {run.path} was started with (fingerprint {data.fingerprint[:12]}, "
-            f"there {before[:12]}); bring the old data back, choose another output, or --restart to start over"
-        )
+def _open_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftModel, listen: Listener) -> None:
+    """Write what a run directory has from its start, without what a killed run wrote after the checkpoint."""
+    run = ready.run
+    with disk_errors(run.path):
+        if ready.checkpoint is None:
+            run.clear()
+        else:
+            run.forget_after(checkpoint_step(ready.checkpoint))
+        write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, None)
+    write_recipe(run, recipe)
+    listen(Stage("Trying a save"))
+    _try_save(adapted, recipe, ready.plan, run)
+
+
+def _complete_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftModel, outcome: Outcome, listen: Listener) -> None:
+    """Write the adapter and what stands beside it."""
+    run = ready.run
+    listen(Stage("Writing the run directory"))
+    with disk_errors(run.path):
+        _place_adapter(adapted, run)
+        ready.tokenizer.save_pretrained(run.path)
+        draw_losses(run)
+        write_card(run, recipe, ready.base, ready.plan, outcome)
+        write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
 
 
 def _try_save(model: PeftModel, recipe: Recipe, plan: Plan, run: RunDir) -> None:
@@ -288,7 +220,3 @@ def _place_adapter(model: PeftModel, run: RunDir) -> None:
             os.replace(file, run.path / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

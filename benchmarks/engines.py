@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from abba_cli import adapting, load_recipe, loading, training
+from abba_cli import adapting, load_recipe, loading, preparation
 from abba_cli.batches import PaddedBatches
 from abba_cli.loop import AbbaTrainer
 from abba_cli.loss import SupervisedBatches
@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     recipe = load_recipe(RECIPE, ["output=out/bench-engines", f"training.max_steps={options.steps + 1}"])
-    ready = training.prepare(recipe, restart=True, read_weights=True)
+    ready = preparation.prepare(recipe, restart=True, read_weights=True)
     set_seed(0)
     model = adapting.attach_adapter(loading.load_model(ready.base, recipe.model), recipe.adapter, ready.base)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items() if "abba_" in name}

@@ -16,7 +16,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
-from abba_cli import adapting, load_recipe, loading, training
+from abba_cli import adapting, load_recipe, loading, preparation, training
 from abba_cli.events import Evaluated, Event, Stepped
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def run_one(method: str, rate: str, data: Path, quantization: str) -> dict[str, 
         f"output=out/bench-gsm8k/{method}-{rate}-{quantization}",
     ]
     recipe = load_recipe(HERE.parent / "recipes" / "gsm8k-smollm2.yaml", overrides)
-    ready = training.prepare(recipe, restart=True, read_weights=True)
+    ready = preparation.prepare(recipe, restart=True, read_weights=True)
     ready.run.clear()
     ready.run.path.mkdir(parents=True, exist_ok=True)
     set_seed(recipe.training.seed)
@@ -65,7 +65,7 @@ def run_one(method: str, rate: str, data: Path, quantization: str) -> dict[str, 
             print(f"{method} {rate} step {event.step} evaluation loss {event.loss:.4f}", flush=True)
 
     start = time.perf_counter()
-    training.fit(recipe, ready.run, adapted, ready, listen)
+    training.fit(adapted, ready, listen)
     return {
         "method": method,
         "learning_rate": float(rate),

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from abba_cli import adapting, load_recipe, loading, training
+from abba_cli import adapting, load_recipe, loading, preparation, training
 from abba_cli.bases import find_base
 from abba_cli.batches import PaddedBatches
 from abba_cli.events import Stepped
@@ -70,7 +70,7 @@ def measured(name: str, folder: Path, rounds: int, steps: int) -> dict[str, Any]
     if name == "tiny":
         changes += [f"model.name={tiny_model(load_recipe(recipe_file, []), folder / 'tiny')}", "model.gguf_file=null"]
     recipe = load_recipe(recipe_file, changes)
-    ready = training.prepare(recipe, restart=True, read_weights=True)
+    ready = preparation.prepare(recipe, restart=True, read_weights=True)
     set_seed(0)
     model = adapting.attach_adapter(loading.load_model(ready.base, recipe.model), recipe.adapter, ready.base)
     start = {key: tensor.clone() for key, tensor in model.state_dict().items() if "abba_" in key}
@@ -86,7 +86,7 @@ def measured(name: str, folder: Path, rounds: int, steps: int) -> dict[str, Any]
 
         ready.run.clear()
         with mock.patch.object(training, "SupervisedBatches", lambda *given: recording(SupervisedBatches(*given), batches)):
-            training.fit(recipe, ready.run, model, ready, listen)
+            training.fit(model, ready, listen)
         return losses, seconds_between(moments)
 
     ways: dict[str, Callable[[], tuple[Losses, Seconds]]] = {

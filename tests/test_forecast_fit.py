@@ -12,7 +12,7 @@ from abba_cli.cli import main
 from abba_cli.forecast.budget import parse_budget
 from abba_cli.forecast.fitting import Fit, changed, largest_that_fits
 from abba_cli.forecast.prediction import RUNTIME_BYTES, Forecast
-from abba_cli.training import prepare
+from abba_cli.preparation import prepare
 from abba_cli.ui.forecast import memory_bar
 
 RecipeFile = Callable[..., Path]

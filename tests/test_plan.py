@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from abba_cli import load_recipe, train
 from abba_cli.events import Event, Planned
 from abba_cli.forecast.prediction import RUNTIME_BYTES
-from abba_cli.training import prepare
+from abba_cli.preparation import prepare
 
 RecipeFile = Callable[..., Path]
 

@@ -141,7 +141,7 @@ def evaluate(
     quiet_libraries()
     from abba_cli.evaluating import evaluate as score
     from abba_cli.evaluation.options import EvaluationOptions
-    from abba_cli.evaluation.processes import join_processes
+    from abba_cli.processes import join_processes
     from abba_cli.speakers import Source
     from abba_cli.ui.evaluation import EvaluationDisplay, show_results
 

@@ -1,11 +1,14 @@
 """`abba train`."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from abba_cli.commands.options import PushOption
+from abba_cli.launching import Launcher, is_launched, launch, take_place_from_slurm, wanted_layout
 from abba_cli.terminal import interruptible, open_console, quiet_libraries
 
 
@@ -43,14 +46,44 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over in an output directory that holds a run; that run is lost.")
     ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Processes on this machine; by default one for each GPU that is visible, and one without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    num_machines: Annotated[int, typer.Option("--num-machines", metavar="M", min=1, help="Machines that train together.")] = 1,
+    machine_rank: Annotated[int, typer.Option("--machine-rank", metavar="K", help="This machine's number, from 0.")] = 0,
+    main_address: Annotated[
+        str | None, typer.Option("--main-address", metavar="HOST:PORT", help="Where machine 0 is reached.", show_default=False)
+    ] = None,
+    launcher: Annotated[
+        Launcher,
+        typer.Option("--launcher", help="none: start no processes, since torchrun, accelerate or SLURM has done it."),
+    ] = Launcher.auto,
 ) -> None:
-    """Train an adapter from a recipe. A run that is in its output directory already is gone on with."""
+    """Train an adapter from a recipe, on every visible GPU. A run that is in its output directory already is gone on with."""
     from abba_cli.recipe_file import load_recipe
 
     read = load_recipe(recipe, overrides or [])
     quiet_libraries()
+    if launcher is Launcher.none:
+        take_place_from_slurm()
+    layout = wanted_layout(num_processes, num_machines, machine_rank, main_address)
+    planning = dry_run or fit is not None
+    if layout.count > 1 and launcher is Launcher.auto and not is_launched() and not planning:
+        code = launch(sys.argv[1:], layout)
+        if code:
+            raise typer.Exit(code)
+        return
     from abba_cli import training
     from abba_cli.memory import reuse_freed_memory
+    from abba_cli.preparation import prepare
+    from abba_cli.processes import join_crew
     from abba_cli.pushing import check_push
     from abba_cli.pushing import push as upload
     from abba_cli.ui.steps import StepsDisplay, show_pushed
@@ -61,11 +94,16 @@ def train(
     # A signal during the steps is handled there, with a checkpoint; before and after there is nothing to save.
     advice = "run the same command again to go on"
     console = open_console()
-    with interruptible(advice), RunDisplay(console, plan_only=dry_run or fit is not None) as display:
-        if dry_run or fit is not None:
-            training.prepare(read, restart=restart, listen=display, budget=fit)
-            return
-        reuse_freed_memory()
+    if planning:
+        with interruptible(advice), RunDisplay(console, plan_only=True) as display:
+            prepare(read, restart=restart, listen=display, budget=fit, processes=layout.count)
+        return
+    reuse_freed_memory()
+    if not join_crew().is_main:
+        with contextlib.suppress(KeyboardInterrupt):  # the main process answers it
+            training.train(read, restart=restart)
+        return
+    with interruptible(advice), RunDisplay(console) as display:
         run = training.train(read, restart=restart, listen=display)
     if push is not None:
         with interruptible(f"{run.path} is complete, but not uploaded"), StepsDisplay(console) as steps:

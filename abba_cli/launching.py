@@ -1,0 +1,118 @@
+"""Starting one `abba train` on several devices: a process for each, through the agent behind torchrun.
+
+`accelerate launch` starts the same agent on GPUs, and a single process on a CPU, where it counts on MPI; so the agent is started
+here without that step. Accelerate then finds its place in the environment that the agent sets, as in any program under torchrun.
+"""
+
+import os
+import signal
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import typer
+
+_PORT = 29500  # torchrun's own default
+
+
+class Launcher(StrEnum):
+    """Who starts the processes."""
+
+    auto = "auto"
+    none = "none"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which processes train together.
+
+    Attributes:
+        processes: On this machine.
+        machines: In all.
+        rank: This machine's number.
+        address: HOST:PORT of machine 0, where there are several.
+    """
+
+    processes: int
+    machines: int = 1
+    rank: int = 0
+    address: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.machines
+
+
+def wanted_layout(processes: int | None, machines: int, rank: int, address: str | None) -> Layout:
+    """Which processes a command line asks for; one for each GPU where it says nothing.
+
+    Raises:
+        typer.BadParameter: The options contradict one another.
+    """
+    if machines > 1 and address is None:
+        raise typer.BadParameter("--num-machines needs --main-address HOST:PORT of the machine with --machine-rank 0")
+    if not 0 <= rank < machines:
+        raise typer.BadParameter(f"--machine-rank {rank} is not one of {machines} machines: expected 0 to {machines - 1}")
+    if address is not None and not address.rpartition(":")[2].isdigit():
+        address = f"{address}:{_PORT}"
+    if processes is None:
+        import torch
+
+        processes = max(1, torch.cuda.device_count())
+    return Layout(processes, machines, rank, address)
+
+
+def is_launched() -> bool:
+    """Whether something has started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def take_place_from_slurm() -> None:
+    """Under `srun` without torchrun, give accelerate the names that it looks for, in a job that sets MASTER_ADDR."""
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if not is_launched() and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in os.environ:
+        os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+        os.environ.setdefault("MASTER_PORT", str(_PORT))
+
+
+def launch(arguments: Sequence[str], layout: Layout) -> int:
+    """Run `abba ARGUMENTS` in every process of the layout, and wait for them.
+
+    Returns:
+        The exit code for this machine.
+    """
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    logging.disable(logging.CRITICAL)  # the agent's; the processes themselves say what there is to say
+    # Without a number, torchrun gives each process one thread, and says so.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.processes)))
+    given = ["--nproc-per-node", str(layout.processes)]
+    if layout.address is None:
+        given += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]  # any free port
+    else:
+        host, _, port = layout.address.rpartition(":")
+        given += ["--nnodes", str(layout.machines), "--node-rank", str(layout.rank)]
+        given += ["--master-addr", host, "--master-port", port]
+    config, command, command_arguments = config_from_args(get_args_parser().parse_args([*given, "-m", "abba_cli", *arguments]))
+    try:
+        elastic_launch(config, command)(*command_arguments)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            typer.echo(
+                f"abba: process {rank} of {layout.count} was ended by {name}, and the others with it; run the same command again "
+                "to go on from the last checkpoint",
+                err=True,
+            )
+        return 1 if failure.exitcode < 0 else int(failure.exitcode)
+    return 0

@@ -1,0 +1,167 @@
+"""One run in several real processes: the same steps as in one, stops and kills that lose nothing, errors told once."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from abba_cli import RunDir, train
+
+RecipeFile = Callable[..., Path]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+STEPS = 120
+PAIR = {
+    "adapter": "{r1: 4, r2: 3, alpha: 4}",
+    "training": f"{{max_steps: {STEPS}, batch_size: 2, learning_rate: 1e-2, scheduler: constant, warmup_ratio: 0}}",
+    "checkpoints": "{every_steps: 40, keep: 2}",
+}
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def ended(command: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = command.communicate(timeout=300)
+    return command.returncode, out, err
+
+
+def abba_pair(recipe: Path, *arguments: object) -> "subprocess.Popen[str]":
+    return start("abba_cli", "train", recipe, "--num-processes", 2, *arguments)
+
+
+def wait_for_step(run: Path, step: int, command: "subprocess.Popen[str]") -> None:
+    while len(RunDir(run).metrics()) < step:
+        assert command.poll() is None, command.communicate()
+        time.sleep(0.02)
+
+
+def workers(command: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The processes that train, in the order of their ranks."""
+    found = [child for child in psutil.Process(command.pid).children() if "abba_cli" in child.cmdline()]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def factors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-5, rtol=1e-3) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pair") / "whole"
+
+
+@pytest.fixture
+def undisturbed(whole: Path, recipe_file: RecipeFile) -> Path:
+    """A run in two processes, made once, that nothing happened to."""
+    if not whole.exists():
+        code, out, err = ended(abba_pair(recipe_file(**PAIR, output=str(whole))))
+        assert (code, err) == (0, "")
+        assert out.count("Finished after") == 1
+    return whole
+
+
+def test_two_processes_make_the_steps_of_one(undisturbed: Path, recipe_file: RecipeFile) -> None:
+    one = train(recipe_file(**PAIR), ["training.batch_size=4"])
+    pair = RunDir(undisturbed)
+    losses = [[row["loss"] for row in run.metrics()] for run in (one, pair)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert close(factors(one.path), factors(undisturbed))
+    records = [run.provenance() for run in (one, pair)]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert [record["rows_per_step"] for record in records] == [4, 4]
+    assert [row["tokens"] for row in one.metrics()] == [row["tokens"] for row in pair.metrics()]
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_processes(undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    recipe = recipe_file(**PAIR)
+    assert ended(abba_pair(recipe, "--set", "training.max_steps=40"))[0] == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "with-four")
+    alone = train(recipe)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "abba_cli", "train", recipe]
+    code, _, err = ended(start(*torchrun, "--set", f"output={tmp_path / 'with-four'}"))
+    assert code == 0, err
+    for run in (alone, RunDir(tmp_path / "with-four")):
+        assert run.provenance()["rows_per_step"] == 4
+        assert [row["step"] for row in run.metrics()] == list(range(1, STEPS + 1))
+        assert close(factors(run.path), factors(undisturbed))
+
+
+def test_rows_that_cannot_be_shared_evenly_are_refused(undisturbed: Path, recipe_file: RecipeFile) -> None:
+    recipe = recipe_file(**PAIR, output=str(undisturbed))
+    command = start("abba_cli", "train", recipe, "--num-processes", 3, "--set", "training.max_steps=130")
+    code, _, err = ended(command)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("abba: the run in")
+    assert "takes 4 rows in an optimizer step, which 3 processes cannot share evenly" in err
+
+
+def test_an_error_is_told_once(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    code, _, err = ended(abba_pair(recipe_file(**PAIR, data=f"{{train: {tmp_path / 'none.jsonl'}}}")))
+    assert code == 1
+    assert [line for line in err.splitlines() if line.strip()] == [err.strip()]
+    assert err.startswith("abba: ")
+    assert "none.jsonl" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_pair_saves_and_goes_on_to_the_same_weights(
+    number: signal.Signals, undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    recipe = recipe_file(**PAIR)
+    command = abba_pair(recipe)
+    wait_for_step(tmp_path / "run", 50, command)
+    command.send_signal(number)
+    code, _, err = ended(command)
+    assert code == 128 + number
+    assert err.startswith("stopped after step ")
+    assert err.count("\n") == 1
+    assert len(RunDir(tmp_path / "run").metrics()) < STEPS
+    assert ended(abba_pair(recipe))[0] == 0
+    assert same(factors(tmp_path / "run"), factors(undisturbed))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_pair_of_which_one_is_killed_goes_on_to_the_same_weights(
+    victim: int, undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path
+) -> None:
+    recipe = recipe_file(**PAIR)
+    command = abba_pair(recipe)
+    wait_for_step(tmp_path / "run", 50, command)
+    workers(command)[victim].kill()
+    code, _, err = ended(command)
+    assert code == 1
+    assert f"process {victim} of 2 was ended by SIGKILL" in err
+    assert "Traceback" not in err
+    assert ended(abba_pair(recipe))[0] == 0
+    assert same(factors(tmp_path / "run"), factors(undisturbed))
+
+
+def test_processes_stop_when_their_launcher_is_killed(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    command = abba_pair(recipe_file(), "--set", "training.max_steps=100000")
+    wait_for_step(tmp_path / "run", 5, command)
+    orphans = workers(command)
+    assert len(orphans) == 2
+    command.kill()
+    command.communicate()
+    _, alive = psutil.wait_procs(orphans, timeout=60)
+    assert not alive
+    assert RunDir(tmp_path / "run").complete_checkpoints()
