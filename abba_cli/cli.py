@@ -8,6 +8,7 @@ import typer
 
 from abba_cli import __version__
 from abba_cli.commands.compare import compare
+from abba_cli.commands.doctor import doctor
 from abba_cli.commands.evaluate import evaluate
 from abba_cli.commands.export import export
 from abba_cli.commands.generate import chat, generate
@@ -51,6 +52,7 @@ app.command()(merge)
 app.command()(export)
 app.command("import")(import_)
 app.command()(push)
+app.command()(doctor)
 
 
 @app.command()

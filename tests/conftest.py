@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 # No test may reach out: whatever is not local must fail at once, as it would for a user without a network. The libraries read
 # this when they are imported.
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from abba_cli.bases import package_folder
+from abba_cli.cli import main
 
 # The same cases on every machine and every time: a failure is then the change's.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -84,3 +86,17 @@ def recipe_file(recipe_text: Callable[..., str], tmp_path: Path) -> Callable[...
         return file
 
     return write
+
+
+@pytest.fixture
+def abba(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["abba", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run

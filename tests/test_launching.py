@@ -1,0 +1,63 @@
+"""Which processes a command line asks for. What they do together is in test_several_processes.py."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from abba_cli.launching import Layout, take_place_from_slurm, wanted_layout
+
+Abba = Callable[..., tuple[int, str, str]]
+RecipeFile = Callable[..., Path]
+
+
+@pytest.mark.parametrize(("cards", "processes"), [(0, 1), (1, 1), (8, 8)])
+def test_every_visible_gpu_gets_a_process(cards: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert wanted_layout(None, 1, 0, None) == Layout(processes)
+
+
+def test_machines_multiply_and_a_port_may_be_left_out() -> None:
+    layout = wanted_layout(8, 2, 1, "node-0")
+    assert (layout.count, layout.address) == (16, "node-0:29500")
+    assert wanted_layout(8, 2, 1, "node-0:1234").address == "node-0:1234"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-machines", 2), "--num-machines needs --main-address HOST:PORT"),
+        (("--num-machines", 2, "--main-address", "h", "--machine-rank", 2), "expected 0 to 1"),
+        (("--num-processes", 0), "--num-processes"),
+        (("--launcher", "mpi"), "'mpi' is not one of"),
+    ],
+)
+def test_contradictions_are_usage_errors(options: tuple[object, ...], message: str, abba: Abba, recipe_file: RecipeFile) -> None:
+    code, _, err = abba("train", recipe_file(), *options)
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_a_task_of_slurm_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    slurm = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    take_place_from_slurm()
+    assert "RANK" not in os.environ  # without a main address there is nobody to join
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    take_place_from_slurm()
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+
+
+def test_a_dry_run_for_several_processes_starts_none(abba: Abba, recipe_file: RecipeFile) -> None:
+    recipe = recipe_file()
+    alone, pair = (abba("train", recipe, "--dry-run", *more) for more in ((), ("--num-processes", "2")))
+    assert alone[0] == pair[0] == 0
+    assert "buckets" in pair[1]
+    assert "buckets" not in alone[1]
