@@ -145,9 +145,17 @@ def _encode(
     laid_out = []
     for (number, _), example in zip(rows, _examples(source, rows), strict=True):
         try:
-            laid_out.append(template.segments(example, data.supervise == "assistant"))
+            segments = template.segments(example, data.supervise == "assistant")
+            "".join(segment.text for segment in segments).encode()
         except DataError as error:
             raise DataError(f"{source.section.path}, row {number}: {error}") from error
+        except UnicodeEncodeError as error:
+            found = error.object[error.start].encode("unicode-escape").decode()
+            raise DataError(
+                f"{source.section.path}, row {number}: {found} is half of a character that JSON writes in two; "
+                "write the other half, too"
+            ) from None
+        laid_out.append(segments)
     return tokenize(laid_out, template.tokenizer)
 
 

@@ -81,6 +81,11 @@ class Crew:
         """Return when every process has come here."""
         self.largest(0)
 
+    def leave(self) -> None:
+        """End the work together; NCCL complains at the end of a process that has not."""
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
     @contextmanager
     def in_contact(self) -> Iterator[None]:
         """Turn what gloo and NCCL raise when another process has gone into one clear error.

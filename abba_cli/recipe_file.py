@@ -137,7 +137,8 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], li
         tree = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        hint = "; a value that begins with {{ needs quotes" if ": {{" in text.splitlines()[line - 1] else ""
+        shown = text.splitlines()[line - 1 : line]  # none where the end of the file is what is wrong
+        hint = "; a value that begins with {{ needs quotes" if shown and ": {{" in shown[0] else ""
         raise RecipeError(f"{name}:{line}: not valid YAML: {error.problem or error.context}{hint}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -219,7 +220,8 @@ def _absolute_if_local(value: str, folder: Path, suffixes: tuple[str, ...] = DAT
         return value
     looks_local = value.startswith((".", "/", "~", os.sep)) or value.lower().endswith(suffixes)
     candidate = (folder / Path(value).expanduser()).resolve()
-    return str(candidate) if looks_local or candidate.exists() else value
+    # Not Path.exists(), which raises where a name is too long.
+    return str(candidate) if looks_local or os.path.exists(candidate) else value
 
 
 def _dotted(where: Sequence[str | int]) -> str:

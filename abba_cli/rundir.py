@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.errors import RecipeError, RunError
@@ -99,24 +99,19 @@ class RunDir:
         """
         try:
             loaded = json.loads(self.provenance_file.read_text(encoding="utf-8"))
+            if not isinstance(loaded, dict) or not isinstance(loaded.get("outcome"), dict | None):
+                raise ValueError("it holds no record of a run")
         except (OSError, ValueError) as error:
             raise RunError(
                 f"cannot read {self.provenance_file}: {error}; the run has not finished, or the file is broken"
             ) from None
-        assert isinstance(loaded, dict)
-        return loaded
+        return cast(dict[str, Any], loaded)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged metrics, in order; a last line cut short by a kill is left out."""
         if not self.metrics_file.exists():
             return []
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        return _rows(self.metrics_file)
 
     def complete_checkpoints(self) -> list[Path]:
         """Checkpoints whose manifest fits their files, oldest first."""
@@ -130,8 +125,7 @@ class RunDir:
         """Drop what a killed run wrote after the checkpoint it goes on from: later metrics, samples and checkpoints."""
         for file in (self.metrics_file, self.samples_file):
             if file.exists():
-                rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if _is_json(line)]
-                kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+                kept = [json.dumps(row) + "\n" for row in _rows(file) if row["step"] <= step]
                 write_atomically(file, "".join(kept))
         for folder in self._checkpoint_folders():
             if checkpoint_step(folder) > step:
@@ -167,6 +161,10 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
         RunError: The directory is not a run, belongs to another recipe, or its checkpoints are all broken.
     """
     run = RunDir(Path(recipe.output).expanduser())
+    try:
+        run.path.exists()
+    except OSError as error:  # a name that is too long
+        raise RunError(f"output {run.path} cannot be used: {error.strerror}; choose another output") from None
     if run.path.exists() and not run.path.is_dir():
         raise RunError(f"output {run.path} is a file; expected a run directory or a name that is free")
     nearest = next(folder for folder in (run.path.absolute(), *run.path.absolute().parents) if folder.is_dir())
@@ -275,9 +273,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that tell of a step."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

@@ -4,7 +4,8 @@ Shapes: an adapted layer's frozen weight W0 is (m, n); its factors are B1 (m, r1
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ def open_adapter(path: Path) -> SavedAdapter:
                 f"{path} holds {f'a {method}' if method else 'no PEFT'} adapter; expected an ABBA one "
                 "(`abba import` reads LoHa adapters and those of the authors' code)"
             )
-        config = PeftConfig.from_pretrained(str(path))
+        with _plausible(path):
+            config = PeftConfig.from_pretrained(str(path))
     assert isinstance(config, AbbaConfig)
     shapes = _shapes(path)
     factors: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -161,8 +163,18 @@ def open_adapter(path: Path) -> SavedAdapter:
     missing = [f"{layer}.abba_{one}" for layer, found in factors.items() for one in _FACTORS if one not in found]
     if missing or not factors:
         raise ModelError(f"{path} holds half an adapter: {_some(missing) if missing else 'factors'} missing")
-    layers = {layer: _layer(path, config, layer, found) for layer, found in factors.items()}
+    with _plausible(path):
+        layers = {layer: _layer(path, config, layer, found) for layer, found in factors.items()}
     return SavedAdapter(path, config, layers, whole)
+
+
+@contextmanager
+def _plausible(path: Path) -> Iterator[None]:
+    """Turn what a configuration with values of a wrong kind raises, wherever it is used, into a ModelError."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ModelError(f"{path / ADAPTER_FILES[0]} is broken: {error}; bring a good copy back") from error
 
 
 def is_repeated(name: str) -> bool:

@@ -99,12 +99,15 @@ def train(
             prepare(read, restart=restart, listen=display, budget=fit, processes=layout.count)
         return
     reuse_freed_memory()
-    if not join_crew().is_main:
+    crew = join_crew()
+    if not crew.is_main:
         with contextlib.suppress(KeyboardInterrupt):  # the main process answers it
             training.train(read, restart=restart)
+            crew.leave()
         return
     with interruptible(advice), RunDisplay(console) as display:
         run = training.train(read, restart=restart, listen=display)
+    crew.leave()
     if push is not None:
         with interruptible(f"{run.path} is complete, but not uploaded"), StepsDisplay(console) as steps:
             url = upload(run.path, push, listen=steps)
