@@ -59,5 +59,6 @@ def test_a_dry_run_for_several_processes_starts_none(abba: Abba, recipe_file: Re
     recipe = recipe_file()
     alone, pair = (abba("train", recipe, "--dry-run", *more) for more in ((), ("--num-processes", "2")))
     assert alone[0] == pair[0] == 0
+    assert "tokens in each of 2 processes" in " ".join(pair[1].split())
     assert "buckets" in pair[1]
     assert "buckets" not in alone[1]

@@ -28,10 +28,11 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
     """Layers, parameters and the memory forecast; in full for a dry run."""
     share, memory = plan.trainable / plan.total, plan.memory
     about = "more than" if memory.gap else "about"
+    shared = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
     console.print(
         f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained "
         f"({share:.2%})\n"
-        f"      {plan.steps:,} steps of at most {plan.tokens_per_step:,} tokens, "
+        f"      {plan.steps:,} steps of at most {plan.tokens_per_step:,} tokens{shared}, "
         f"{about} {memory.total / 1e9:.1f} GB of memory on each device",
         highlight=False,
     )
