@@ -13,6 +13,9 @@ from enum import StrEnum
 
 import typer
 
+LAUNCHED = "ABBA_LAUNCHED"
+"""Environment variable of the processes that `launch` has started."""
+
 _PORT = 29500  # torchrun's own default
 
 
@@ -93,6 +96,7 @@ def launch(arguments: Sequence[str], layout: Layout) -> int:
     logging.disable(logging.CRITICAL)  # the agent's; the processes themselves say what there is to say
     # Without a number, torchrun gives each process one thread, and says so.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.processes)))
+    os.environ[LAUNCHED] = "1"
     given = ["--nproc-per-node", str(layout.processes)]
     if layout.address is None:
         given += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]  # any free port

@@ -1,6 +1,7 @@
 """The processes that work together: those that `abba train`, torchrun, accelerate or SLURM started, on GPUs or on a CPU."""
 
 import ctypes
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from abba_cli.errors import AbbaError, LostContact, ToldByMain
+from abba_cli.launching import LAUNCHED
 
 Answer = TypeVar("Answer")
 
@@ -110,12 +112,16 @@ def join_crew() -> Crew:
     state = join_processes()
     if state.num_processes == 1:
         return Crew(1, 0, None)
-    _end_with_parent()
+    if LAUNCHED in os.environ:
+        _end_with_launcher()
     return Crew(state.num_processes, state.process_index, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
 
 
-def _end_with_parent() -> None:
-    """Have this process asked to stop when the launcher dies without a word: nobody else would, and it holds the run's lock."""
+def _end_with_launcher() -> None:
+    """Have this process asked to stop when our launcher dies without a word: nobody else would, and it holds the run's lock.
+
+    Not under other launchers: Linux sends the signal when the thread ends that started the process, which need mean nothing there.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
