@@ -120,7 +120,7 @@ def join_crew() -> Crew:
 def _end_with_launcher() -> None:
     """Have this process asked to stop when our launcher dies without a word: nobody else would, and it holds the run's lock.
 
-    Not under other launchers: Linux sends the signal when the thread ends that started the process, which need mean nothing there.
+    Not under other launchers: Linux sends the signal when the thread that started the process ends, which may mean nothing there.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
