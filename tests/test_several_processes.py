@@ -18,11 +18,11 @@ from abba_cli import RunDir, train
 
 RecipeFile = Callable[..., Path]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-STEPS = 120
+STEPS, SHORT = 120, 12
 PAIR = {
     "adapter": "{r1: 4, r2: 3, alpha: 4}",
     "training": f"{{max_steps: {STEPS}, batch_size: 2, learning_rate: 1e-2, scheduler: constant, warmup_ratio: 0}}",
-    "checkpoints": "{every_steps: 40, keep: 2}",
+    "checkpoints": "{every_steps: 4, keep: 40}",
 }
 
 
@@ -60,8 +60,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-5, rtol=1e-3) for name in a)
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """How far two adapters are from each other, as a norm over all factors."""
+    assert a.keys() == b.keys()
+    return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +81,39 @@ def undisturbed(whole: Path, recipe_file: RecipeFile) -> Path:
     return whole
 
 
+# The sums of other numbers of processes are rounded otherwise. AdamW makes a whole step of any gradient, so that one which is
+# nothing but rounding moves its element all the same: what is compared are all elements, with the way that they have gone.
+ROUNDING = 5e-3
+
+
 def test_two_processes_make_the_steps_of_one(undisturbed: Path, recipe_file: RecipeFile) -> None:
-    one = train(recipe_file(**PAIR), ["training.batch_size=4"])
+    one = train(recipe_file(**PAIR), ["training.batch_size=4", f"training.max_steps={SHORT}"])
     pair = RunDir(undisturbed)
-    losses = [[row["loss"] for row in run.metrics()] for run in (one, pair)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert close(factors(one.path), factors(undisturbed))
+    for key, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-3)):
+        found = [[row[key] for row in run.metrics()[:SHORT]] for run in (one, pair)]
+        assert found[0] == pytest.approx(found[1], rel=tolerance)
+    early, end = (factors(undisturbed / "checkpoints" / f"checkpoint-{step}") for step in (4, SHORT))
+    assert apart(factors(one.path), end) < ROUNDING * apart(early, end)
     records = [run.provenance() for run in (one, pair)]
     assert [record["processes"] for record in records] == [1, 2]
     assert [record["rows_per_step"] for record in records] == [4, 4]
-    assert [row["tokens"] for row in one.metrics()] == [row["tokens"] for row in pair.metrics()]
+    assert [row["tokens"] for row in one.metrics()] == [row["tokens"] for row in pair.metrics()[:SHORT]]
 
 
 def test_a_run_goes_on_with_fewer_and_with_more_processes(undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path) -> None:
     recipe = recipe_file(**PAIR)
-    assert ended(abba_pair(recipe, "--set", "training.max_steps=40"))[0] == 0
+    assert ended(abba_pair(recipe, "--set", "training.max_steps=4"))[0] == 0
     shutil.copytree(tmp_path / "run", tmp_path / "with-four")
-    alone = train(recipe)
+    alone = train(recipe, [f"training.max_steps={SHORT}"])
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 4, "-m", "abba_cli", "train", recipe]
-    code, _, err = ended(start(*torchrun, "--set", f"output={tmp_path / 'with-four'}"))
+    more = ["--set", f"output={tmp_path / 'with-four'}", "--set", f"training.max_steps={SHORT}"]
+    code, _, err = ended(start(*torchrun, *more))
     assert code == 0, err
+    early, end = (factors(undisturbed / "checkpoints" / f"checkpoint-{step}") for step in (4, SHORT))
     for run in (alone, RunDir(tmp_path / "with-four")):
         assert run.provenance()["rows_per_step"] == 4
-        assert [row["step"] for row in run.metrics()] == list(range(1, STEPS + 1))
-        assert close(factors(run.path), factors(undisturbed))
+        assert [row["step"] for row in run.metrics()] == list(range(1, SHORT + 1))
+        assert apart(factors(run.path), end) < ROUNDING * apart(early, end)
 
 
 def test_rows_that_cannot_be_shared_evenly_are_refused(undisturbed: Path, recipe_file: RecipeFile) -> None:
