@@ -121,7 +121,7 @@ def _kernels() -> Iterator[Finding]:
         "kernels",
         "Triton",
         "ok" if triton else "absent",
-        f"{triton}, {'in use' if cards else 'waiting for a card'}" if triton else "not installed",
+        f"{triton}, for cards of compute 8.0 and later" if triton else "not installed",
         "" if triton or not cards else "pip install triton; without it the same is computed by PyTorch, more slowly",
     )
     flash = _installed("flash-attn")
