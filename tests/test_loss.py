@@ -9,8 +9,6 @@ from peft import PeftModel, get_peft_model
 from test_batches import packed
 from test_head import model_of
 from torch import Tensor
-from torch.distributed import HashStore, destroy_process_group, init_process_group
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abba_cli.adapter import AbbaConfig
@@ -139,23 +137,6 @@ def test_a_batch_without_anything_supervised_teaches_nothing() -> None:
     assert loss.item() == 0.0
     loss.backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's own, of a group of one process
-def test_gradients_through_ddp() -> None:
-    model = adapted("llama")
-    head = separable_head(model.get_base_model())
-    batch = SupervisedBatches(PaddedBatches(0))(rows())
-    expected = gradients(model, training_loss(model, batch, None, None))
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        parallel = DistributedDataParallel(model)
-        for _ in range(2):
-            found = gradients(parallel, training_loss(parallel, batch, None, head))
-            for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    finally:
-        destroy_process_group()
 
 
 class Waiting(TorchDispatchMode):
