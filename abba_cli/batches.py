@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -199,7 +200,7 @@ class PackedBatches:
         }
 
 
-def separates_documents(model: PreTrainedModel) -> bool:
+def separates_documents(model: PreTrainedModel | PeftModel) -> bool:
     """Say whether the packed documents of a batch stay invisible to each other in this model.
 
     Architecture, attention implementation and custom code all matter, so the model is asked: how much do a second
@@ -224,7 +225,7 @@ def separates_documents(model: PreTrainedModel) -> bool:
         model.train(training)
 
 
-def require_separation(model: PreTrainedModel) -> None:
+def require_separation(model: PreTrainedModel | PeftModel) -> None:
     """Stop before a packed run in which documents would see each other.
 
     Args:
@@ -240,7 +241,7 @@ def require_separation(model: PreTrainedModel) -> None:
         )
 
 
-def _influence(model: PreTrainedModel, document_lengths: list[int]) -> float:
+def _influence(model: PreTrainedModel | PeftModel, document_lengths: list[int]) -> float:
     """Return the mean change of the last 8 of 16 tokens' logits when the first 8 tokens are others."""
     logits = []
     for start in (16, 24):

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -41,23 +43,25 @@ class Head:
         return getattr(self.config, "final_logit_softcapping", None)
 
 
-def separable_head(model: PreTrainedModel) -> Head | None:
+def separable_head(model: PreTrainedModel | PeftModel) -> Head | None:
     """Find a head that can be left out of a forward pass and applied to the hidden states afterwards.
 
     Models differ in what they do after the head: so the model is asked, once. A factor (Granite, Cohere) may stand before the
     head as well, and soft capping is known; whatever else a model does shows in its logits.
 
     Args:
-        model: A causal language model with at least 16 tokens, with or without an adapter, on its device. A skeleton without
-            weights, which can answer nothing, is taken at its word.
+        model: A causal language model with at least 16 tokens, with or without an adapter, on its device; one that is shared
+            out over processes has to be asked by all of them. A skeleton without weights, which can answer nothing, is taken
+            at its word.
 
     Returns:
         None where the head is trained, adapted, quantised, placed elsewhere, or not all that makes the logits.
     """
-    linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook"):
         return None
-    if any(type(parameter) is not nn.Parameter or parameter.requires_grad for parameter in linear.parameters()):
+    # A share is the whole weight again when the model has been called, until the next backward pass has ended.
+    if any(type(parameter) not in (nn.Parameter, DTensor) or parameter.requires_grad for parameter in linear.parameters()):
         return None
     head = Head(linear, model.config.get_text_config())
     if linear.weight.is_meta or isinstance(linear.weight, FakeTensor):
@@ -155,7 +159,7 @@ class _HeadLosses(torch.autograd.Function):
         return (gradient * d_losses[:, None]).to(ctx.dtype), None, None, None, None, None
 
 
-def _agrees(model: PreTrainedModel, head: Head) -> bool:
+def _agrees(model: PreTrainedModel | PeftModel, head: Head) -> bool:
     """Whether the model's logits are those of the head on its hidden states; asked with large logits, which show a bend."""
     ids = torch.arange(16, device=model.device)[None]
     with left_out(head):

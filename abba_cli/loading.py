@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from abba_cli.bases import Base
 from abba_cli.errors import ModelError
@@ -52,11 +53,11 @@ def load_config(base: Base, model: ModelSection) -> PreTrainedConfig:
     return config
 
 
-def skeleton(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
-    """The model's modules and shapes on the meta device, without memory or weights."""
+def skeleton(config: PreTrainedConfig, model: ModelSection, **keywords: Any) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device, without memory or weights; other keywords go to transformers."""
     with explain(f"model {config.name_or_path}"), init_empty_weights():
         built: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+            config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code, **keywords
         )
     built.tie_weights()
     return built
@@ -72,37 +73,64 @@ def check_quantization(model: ModelSection) -> None:
         raise ModelError(f"model.quantization: {model.quantization} needs bitsandbytes; pip install bitsandbytes")
 
 
-def load_model(base: Base, model: ModelSection) -> PreTrainedModel:
-    """The frozen base model, in the recipe's dtype and quantisation, on this process's device.
+def load_model(base: Base, model: ModelSection, device: torch.device | None = None) -> PreTrainedModel:
+    """The frozen base model, in the recipe's dtype and quantisation.
+
+    Args:
+        base: Where it is.
+        model: The recipe's section.
+        device: Where it goes; None is this process's device.
 
     Raises:
         ModelError: It cannot be had, has only pickled weights, or bitsandbytes is missing.
     """
     check_quantization(model)
-    keywords: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "use_safetensors": True}
-    if model.attention != "auto":
-        keywords["attn_implementation"] = model.attention
-    if model.quantization == "nf4":
-        keywords["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
-        )
-    elif model.quantization == "int8":
-        keywords["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    device = PartialState().device
-    if device.type != "cpu":
+    keywords: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "use_safetensors": True, **_attention(model)}
+    if model.quantization != "none":
+        keywords["quantization_config"] = _quantization(model)
+    device = PartialState().device if device is None else device
+    if device.type != "cpu" or (model.quantization != "none" and torch.cuda.is_available()):
+        # Without a map, transformers takes a quantised model to the first GPU.
         keywords["device_map"] = {"": device}
     with explain(f"model {base.location}", page=base.location), no_progress_bars():
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base.location, trust_remote_code=model.trust_remote_code, **base.keywords(), **keywords
         )
-    for module in loaded.modules():
+    return _frozen(loaded)
+
+
+def empty_model(config: PreTrainedConfig, model: ModelSection) -> PreTrainedModel:
+    """The modules that `load_model` makes, without memory or weights, for a process that gets them from another one."""
+    built = skeleton(config, model, **_attention(model))
+    if model.quantization != "none":
+        quantizer = AutoHfQuantizer.from_config(_quantization(model), pre_quantized=False)
+        quantizer.preprocess_model(model=built, device_map=None)
+        quantizer.postprocess_model(model=built)
+        built.hf_quantizer = quantizer
+    return _frozen(built)
+
+
+def _attention(model: ModelSection) -> dict[str, Any]:
+    return {} if model.attention == "auto" else {"attn_implementation": model.attention}
+
+
+def _quantization(model: ModelSection) -> BitsAndBytesConfig:
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    )
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             # bitsandbytes 0.50.2 repacks a 4-bit weight in the first evaluation on such a CPU, and a later training forward
             # through the repacked layer loses the gradient of its input.
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no attribute of nn.Module)
-    loaded.requires_grad_(False)
-    loaded.config.use_cache = False  # training needs none; generation asks for its own
-    return loaded
+    model.requires_grad_(False)
+    model.config.use_cache = False  # training needs none; generation asks for its own
+    return model

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -31,6 +30,7 @@ from abba_cli.loss import row_losses, training_loss
 from abba_cli.processes import PATIENCE
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
+from abba_cli.sharding import is_sharded, put_away, replicate
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -119,10 +119,8 @@ class AbbaTrainer(Trainer):
     def __init__(self, *, model: PeftModel, group_by_length: bool = False, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)  # only the `ui` rooms print
-        base = model.get_base_model()
-        assert isinstance(base, PreTrainedModel)
         # A compiled forward pass has its head compiled in.
-        self._head = None if self.args.torch_compile else separable_head(base)
+        self._head = None if self.args.torch_compile else separable_head(model)
         self._group_by_length = group_by_length
         self._tokens = self._tokens_logged = 0
         # Upstream then counts the supervised tokens of a step, and leaves the loss as we return it.
@@ -180,6 +178,22 @@ class AbbaTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave a sharded model where it is: it may lie in the CPU's memory on purpose."""
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wrap a sharded model ourselves: accelerate takes shards and DistributedDataParallel for a contradiction."""
+        if training and isinstance(model, PeftModel) and is_sharded(model):
+            return replicate(model, self.args.device)
+        return super()._wrap_model(model, training, dataloader)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert isinstance(self.model, nn.Module)
+        put_away(self.model)
+        super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
         """Return upstream's sampler, or ours: upstream's grouping sorts the batches too, and knows neither seed nor epoch."""

@@ -32,6 +32,11 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def device_memory() -> int | None:
+    """Bytes of the smallest GPU; None without one."""
+    return min((torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())), default=None)
+
+
 def reuse_freed_memory() -> None:
     """Has the C library keep what is freed for the next allocation, where the training is on a CPU.
 

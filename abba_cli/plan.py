@@ -25,6 +25,7 @@ class Plan:
         trainable: Parameters that are trained.
         total: Parameters in all.
         processes: Processes that train together.
+        sharded: Whether they share the base out.
         steps: Optimizer steps.
         rows_per_step: Rows in an optimizer step, of all processes.
         tokens_per_step: Upper bound of the tokens in one optimizer step of one process.
@@ -37,11 +38,33 @@ class Plan:
     trainable: int
     total: int
     processes: int
+    sharded: bool
     steps: int
     rows_per_step: int
     tokens_per_step: int
     memory: Forecast
     fit: Fit | None
+
+
+def with_strategy(recipe: Recipe, adapted: PeftModel, train: Dataset, processes: int, memory: int | None) -> Recipe:
+    """The recipe with `distributed.strategy: auto` decided: share the base out only where it does not fit as a whole.
+
+    Args:
+        recipe: The recipe.
+        adapted: The base's skeleton with the adapter on it.
+        train: The prepared training rows.
+        processes: Processes that train together.
+        memory: Bytes of each device; None where they do not matter, on a CPU.
+    """
+    if recipe.distributed.strategy != "auto":
+        return recipe
+    ddp, fsdp = (
+        recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update={"strategy": strategy})})
+        for strategy in ("ddp", "fsdp")
+    )
+    if processes == 1 or memory is None or recipe.model.quantization == "int8" or recipe.training.compile:
+        return ddp
+    return ddp if forecast(ddp, adapted, heavy_rows(train), processes).total <= memory else fsdp
 
 
 def make_plan(
@@ -69,6 +92,7 @@ def make_plan(
         trainable=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         total=sum(parameter.numel() for parameter in adapted.parameters()),
         processes=processes,
+        sharded=recipe.distributed.strategy == "fsdp" and processes > 1,
         steps=steps,
         rows_per_step=recipe.training.batch_size * recipe.training.gradient_accumulation * processes,
         tokens_per_step=memory.tokens * recipe.training.gradient_accumulation,

@@ -10,7 +10,8 @@ from abba_cli.data import prepare as prepare_data
 from abba_cli.errors import RunError
 from abba_cli.events import Audited, Listener, Planned, Stage, ignore
 from abba_cli.loop import check_logger, total_steps
-from abba_cli.plan import Plan, check_length, make_plan
+from abba_cli.memory import device_memory
+from abba_cli.plan import Plan, check_length, make_plan, with_strategy
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, checkpoint_step, open_run
@@ -97,7 +98,10 @@ def prepare(
             "raise training.max_steps or training.epochs, choose another output, or --restart to start over"
         )
     check_length(recipe, config, data)
+    if recipe.distributed.offload and processes == 1:
+        raise RunError("distributed.offload needs several processes that share the base out; this is one: set it to false")
     listen(Stage("Forecasting memory"))
+    recipe = with_strategy(recipe, skeleton, data.train, processes, device_memory() if budget is None else budget)
     plan = make_plan(recipe, skeleton, data.train, steps, processes, budget)
     listen(Planned(plan))
     return Preparation(run, recipe, checkpoint, base, config, tokenizer, data, plan)

@@ -84,6 +84,7 @@ def write_provenance(
         "data": {"fingerprint": data.fingerprint, "files": files},
         "seed": recipe.training.seed,
         "processes": plan.processes,
+        "sharded": plan.sharded,
         "rows_per_step": plan.rows_per_step,
         "parameters": {"trainable": plan.trainable, "total": plan.total, "layers": len(plan.layers)},
         "outcome": vars(outcome) if outcome else None,

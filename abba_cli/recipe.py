@@ -227,6 +227,25 @@ class CheckpointsSection(Section):
     keep: int = Field(2, ge=1, description="Newest checkpoints to keep; the best one is kept besides.")
 
 
+class DistributedSection(Section):
+    """How several processes share the work; nothing of it matters to one."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="ddp: each device holds the whole base. fsdp: each holds a share of it and gathers one block at a time "
+        "(FSDP2). auto: ddp where the forecast fits into the devices' memory, else fsdp.",
+    )
+    offload: bool = Field(
+        False, description="With fsdp: keep the shares in the memory of the CPU, and bring a block to the device when needed."
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_shares(self) -> "DistributedSection":
+        if self.offload and self.strategy != "fsdp":
+            raise ValueError("offload needs shares of the base to keep: set distributed.strategy to fsdp")
+        return self
+
+
 class LoggingSection(Section):
     """Metrics, which always go to metrics.jsonl as well."""
 
@@ -245,6 +264,7 @@ class Recipe(Section):
     training: TrainingSection = Field(TrainingSection(), description="How it is learned.")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="Evaluation during training.")
     checkpoints: CheckpointsSection = Field(CheckpointsSection(), description="Checkpoints to go on from.")
+    distributed: DistributedSection = Field(DistributedSection(), description="How several processes share the work.")
     logging: LoggingSection = Field(LoggingSection(), description="Metrics.")
     output: str = Field(min_length=1, description="The run directory; relative to the current directory.")
 
@@ -257,6 +277,11 @@ class Recipe(Section):
                 raise ValueError(f"evaluation.{asked[0]} needs held-out rows: add data.eval")
         if self.data.packing and self.training.group_by_length:
             raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
+        if self.distributed.strategy == "fsdp":
+            if self.model.quantization == "int8":
+                raise ValueError("distributed.strategy: fsdp takes no int8 base: set model.quantization to nf4 or none")
+            if self.training.compile:
+                raise ValueError("training.compile does not go with distributed.strategy: fsdp; set one of them otherwise")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             raise ValueError("evaluation.patience counts evaluations: set evaluation.every_steps")
         return self

@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "checkpoints.",
     "logging.",
     "evaluation.",
+    "distributed.",
 )
 
 

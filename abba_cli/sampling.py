@@ -10,6 +10,7 @@ from abba_cli.events import Listener, Sampled
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
+from abba_cli.sharding import is_sharded
 
 
 class Sampler(TrainerCallback):
@@ -23,11 +24,13 @@ class Sampler(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
+        if not state.is_world_process_zero and not is_sharded(model):
+            return  # a model that is shared out can only be asked by all together
         for prompt in self.data.held_out:
             tokens = torch.tensor([prompt.input_ids], device=model.device)
             answer = self.tokenizer.decode(self._generate(model, tokens), skip_special_tokens=True)
+            if not state.is_world_process_zero:
+                continue
             row = {
                 "step": state.global_step,
                 "source": prompt.source,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerState, set_seed
 
@@ -20,13 +21,14 @@ from abba_cli.loss import Collator, SupervisedBatches, keeps_logits
 from abba_cli.memory import peak_memory
 from abba_cli.plan import Plan
 from abba_cli.preparation import Preparation, prepare
-from abba_cli.processes import join_crew
+from abba_cli.processes import join_crew, join_processes
 from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
 from abba_cli.recorder import Recorder
 from abba_cli.rundir import RunDir, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
+from abba_cli.sharding import put_away, shard
 
 
 def train(
@@ -67,18 +69,11 @@ def train(
 
     listen(Stage("Loading the base model"))
     set_seed(recipe.training.seed)
-    model = loading.load_model(ready.base, recipe.model)
-    source = str(ready.checkpoint) if ready.checkpoint else recipe.adapter.start_from
-    adapted = adapting.attach_adapter(
-        model,
-        recipe.adapter,
-        ready.base,
-        start_from=source,
-        progress=lambda done, total: listen(Stage("Starting from singular vectors", done, total)),
-    )
+    adapted = _adapted_model(ready, listen)
     adapting.check_plan(adapted, ready.plan.layers, ready.plan.trainable)
     if recipe.data.packing:
-        require_separation(model)
+        require_separation(adapted)
+    put_away(adapted)
 
     # Nothing was written so far: whatever could be wrong with the input has been found.
     with ExitStack() as held:
@@ -88,6 +83,27 @@ def train(
         crew.from_main(lambda: _complete_run_directory(recipe, ready, adapted, outcome, listen))
     listen(Finished(path=run.path, already=False, outcome=outcome))
     return run
+
+
+def _adapted_model(ready: Preparation, listen: Listener) -> PeftModel:
+    """The base with the run's adapter on it: started, or as the checkpoint has it."""
+    recipe = ready.recipe
+
+    def whole(device: torch.device | None = None) -> PeftModel:
+        return adapting.attach_adapter(
+            loading.load_model(ready.base, recipe.model, device),
+            recipe.adapter,
+            ready.base,
+            start_from=str(ready.checkpoint) if ready.checkpoint else recipe.adapter.start_from,
+            progress=lambda done, total: listen(Stage("Starting from singular vectors", done, total)),
+        )
+
+    def empty() -> PeftModel:
+        return adapting.attach_adapter(loading.empty_model(ready.config, recipe.model), recipe.adapter, ready.base)
+
+    if not ready.plan.sharded:
+        return whole()
+    return shard(lambda: whole(torch.device("cpu")), empty, join_crew(), join_processes().device, recipe.distributed.offload)
 
 
 def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:

@@ -51,6 +51,7 @@ ORDER = [
     "abba_cli.adapting",
     "abba_cli.head",
     "abba_cli.loss",
+    "abba_cli.sharding",
     "abba_cli.forecast",
     "abba_cli.forecast.budget",
     "abba_cli.forecast.tracker",

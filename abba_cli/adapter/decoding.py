@@ -98,6 +98,8 @@ class DecodingWeight:
             layer: The layer; its adapters have been initialised.
             names: Its active adapters.
         """
+        if not layer.keeps_weight:
+            return None
         inner: Any = layer._modules["base_layer"]
         own = inner._parameters
         if inner.weight is not own.get("weight") or inner.bias is not own.get("bias"):

@@ -20,7 +20,7 @@ from .config import AbbaConfig, check_rank
 from .cost import Kernel
 from .dense import Scaled, effective_weight
 from .factors import Factors, delta_weight, init_A2, init_pair, scale, svd_init
-from .quantised import is_packed, unpacked_weight
+from .quantised import is_packed, restore_scales, unpacked_weight
 
 
 class AbbaLayer(nn.Module, BaseTunerLayer):
@@ -31,10 +31,13 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         abba_dropout: dropout of the update's input, by adapter name.
         r1, r2, alpha, scaling: numbers, by adapter name; scaling is s.
         kernel: the way of computing, by adapter name.
+        keeps_weight: whether a layer may keep W0 + dW while it generates text; not where memory is so short that the base is
+            shared out over processes.
         pending_svd: adapters whose B1 and A1 wait for their SVD, see `initialize_pending`.
     """
 
     adapter_layer_names = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
+    keeps_weight = True
     other_param_names = ("r1", "r2", "alpha", "scaling", "kernel", "abba_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: AbbaConfig, **kwargs: Any) -> None:
@@ -122,6 +125,8 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
             )
         with torch.no_grad(), gather_params_ctx(self._weight):
             weight = self._as_matrix(self.get_base_weight())
+            if weight.device.type == "cpu" and torch.cuda.is_available():
+                weight = weight.cuda()  # a base that stays on the CPU for now; minutes become seconds
             new_B1, new_A1 = svd_init(weight, self.r1[adapter_name])
             B1.copy_(new_B1)
             A1.copy_(new_A1)
@@ -148,6 +153,7 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
     def get_base_weight(self) -> torch.Tensor:
         """Returns the base weight, dequantised if need be."""
         inner = self.get_base_layer()
+        restore_scales(inner)
         return unpacked_weight(inner) if is_packed(inner) else super().get_base_weight()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -53,6 +53,7 @@ class QuantisedWeight:
 
     def packed(self) -> Packed4bit | None:
         """Returns the 4-bit values of a layer on a CUDA device, for a kernel that dequantises as it goes; else None."""
+        restore_scales(self.base_layer)
         weight: Any = self.base_layer.weight
         state = getattr(weight, "quant_state", None)
         if state is None or weight.device.type != "cuda" or state.shape[1] % 2:
@@ -63,6 +64,14 @@ class QuantisedWeight:
 
             absmax = dequantize_blockwise(absmax, state.state2) + state.offset
         return Packed4bit(weight.data, absmax.float(), state.code, state.blocksize, tuple(state.shape))
+
+
+def restore_scales(base_layer: Any) -> None:
+    """Gives a 4-bit weight its scales back, which stay with the layer while FSDP gathers the values as a plain tensor."""
+    if getattr(base_layer, "quant_state", None) is not None and not hasattr(base_layer.weight, "quant_state"):
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+        fix_4bit_weight_quant_state_from_module(base_layer)
 
 
 def is_packed(base_layer: nn.Module) -> bool:

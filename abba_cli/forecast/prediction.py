@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from abba_cli.forecast.quantised import quantisable, quantised_bytes
 from abba_cli.forecast.rehearsal import rehearse
@@ -13,6 +14,7 @@ from abba_cli.forecast.rows import HeavyRows
 from abba_cli.forecast.tracker import GRADIENTS
 from abba_cli.loss import keeps_logits
 from abba_cli.recipe import Recipe
+from abba_cli.sharding import blocks
 
 # Resident memory of a process that has imported torch, transformers, peft and datasets (measured, CPU build); a CUDA context
 # takes about as much on its device.
@@ -74,19 +76,36 @@ def forecast(recipe: Recipe, skeleton: PeftModel, rows: HeavyRows, processes: in
 def _standing(recipe: Recipe, skeleton: PeftModel, processes: int) -> dict[str, int]:
     """Bytes by use that lie on the device from the first step to the last."""
     trained = sum(_trained_bytes(recipe, skeleton))
-    standing = {"base weights": _frozen_bytes(recipe, skeleton), "trained weights": trained, OPTIMIZER: _state(recipe, skeleton)}
+    standing = {**_base(recipe, skeleton, processes), "trained weights": trained, OPTIMIZER: _state(recipe, skeleton)}
     if processes > 1:
         standing["buckets of gradients"] = trained  # DistributedDataParallel sends copies
     return standing
 
 
-def _frozen_bytes(recipe: Recipe, skeleton: PeftModel) -> int:
-    everything = sum(_bytes(one) for one in skeleton.parameters() if not one.requires_grad)
-    everything += sum(_bytes(one) for one in skeleton.buffers())
-    if recipe.model.quantization != "none":
-        for _, layer in quantisable(skeleton):
-            everything += quantised_bytes(layer, recipe.model.quantization) - _bytes(layer.weight)
-    return everything
+def _base(recipe: Recipe, skeleton: PeftModel, processes: int) -> dict[str, int]:
+    """The base on each device: whole, or a share of it and the blocks that are gathered at one time."""
+    shared, kept = _frozen_bytes(recipe, skeleton, skeleton)
+    if recipe.distributed.strategy != "fsdp" or processes == 1:
+        return {"base weights": shared + kept}
+    each = [_frozen_bytes(recipe, skeleton, block)[0] for block in blocks(skeleton.get_base_model())]
+    # FSDP fetches the next block while one is at work, and keeps what stands outside of the blocks from forward to backward.
+    gathered = 2 * max(each) + shared - sum(each)
+    elsewhere = recipe.distributed.offload and torch.cuda.is_available()
+    return {"share of the base": (0 if elsewhere else math.ceil(shared / processes)) + kept, "gathered blocks": gathered}
+
+
+def _frozen_bytes(recipe: Recipe, skeleton: PeftModel, within: nn.Module) -> tuple[int, int]:
+    """Bytes of a module's frozen parameters, and of what belongs to them and is never shared out: buffers, scales of 4 bits."""
+    weights = sum(_bytes(one) for one in within.parameters() if not one.requires_grad)
+    others = sum(_bytes(one) for one in within.buffers())
+    kind = recipe.model.quantization
+    if kind != "none":
+        inside = set(within.modules())
+        for layer in (layer for _, layer in quantisable(skeleton) if layer in inside):
+            values = (layer.weight.numel() + 1) // 2 if kind == "nf4" else layer.weight.numel()
+            weights += values - _bytes(layer.weight)
+            others += quantised_bytes(layer, kind) - values
+    return weights, others
 
 
 def _trained_bytes(recipe: Recipe, skeleton: PeftModel) -> list[int]:

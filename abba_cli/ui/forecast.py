@@ -16,7 +16,7 @@ from abba_cli.plan import Plan
 # Letter, name and colour of each part of the bar, and the uses in it; what is named nowhere is kept for the backward pass.
 _PARTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("P", "Python and libraries", "black on white", (RUNTIME,)),
-    ("W", "weights", "black on cyan", ("base weights",)),
+    ("W", "weights", "black on cyan", ("base weights", "share of the base", "gathered blocks")),
     ("T", "trained, with state", "black on green", ("trained weights", "gradients", OPTIMIZER, "buckets of gradients")),
     ("A", "activations", "black on yellow", ()),
     ("L", "logits", "white on magenta", (HEAD,)),
@@ -29,6 +29,7 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
     share, memory = plan.trainable / plan.total, plan.memory
     about = "more than" if memory.gap else "about"
     shared = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
+    shared += ", which share the base out (FSDP2)" if plan.sharded else ""
     console.print(
         f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained "
         f"({share:.2%})\n"

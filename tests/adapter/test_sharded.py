@@ -23,6 +23,7 @@ def test_sharded_gradients_are_those_of_one_process(dtype: str, tolerance: float
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     model = adapted_model(getattr(torch, dtype), checkpointing)

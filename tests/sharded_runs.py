@@ -1,0 +1,50 @@
+"""Runs of one recipe, one after the other, in every process of a launch; says of each how its base was shared out.
+
+torchrun --nproc-per-node 2 sharded_runs.py RECIPE OUT [KEY=VALUE,KEY=VALUE ...]
+
+Each further argument is one run; its output is OUT/NUMBER, and rank 0 writes what it found to OUT/NUMBER.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+
+from abba_cli import training
+from abba_cli.processes import join_crew
+
+
+def placement(model: PeftModel) -> dict[str, Any]:
+    """What is shared out, and how many bytes this process holds of it."""
+    frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
+    trained = [one for one in model.parameters() if one.requires_grad]
+    shares = [one for one in frozen.values() if isinstance(one, DTensor)]
+    return {
+        "frozen": len(frozen),
+        "shares": len(shares),
+        "trained_whole": all(not isinstance(one, DTensor) for one in trained),
+        "bytes": sum(one.nbytes for one in shares),
+        "bytes_here": sum(one.to_local().nbytes for one in shares),
+    }
+
+
+def main(recipe: str, out: str, *runs: str) -> None:
+    fit = training.fit
+    for number, overrides in enumerate(runs):
+        found: dict[str, Any] = {}
+
+        def watched(model: PeftModel, *others: Any, found: dict[str, Any] = found) -> Any:
+            found.update(placement(model))
+            return fit(model, *others)
+
+        training.fit = watched
+        training.train(recipe, [*overrides.split(";"), f"output={out}/{number}"])
+        if join_crew().is_main:
+            Path(out, f"{number}.json").write_text(json.dumps(found))
+    join_crew().leave()
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,127 @@
+"""`distributed.strategy: fsdp`, with real processes: the base is shared out, and the run is that of `ddp`, bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from abba_cli import RunDir, train
+from abba_cli.errors import RecipeError, RunError
+from abba_cli.recipe_file import load_recipe
+
+RecipeFile = Callable[..., Path]
+SCRIPT = Path(__file__).with_name("sharded_runs.py")
+VARIANTS = {
+    "float32": ["training.gradient_accumulation=2"],
+    "bfloat16": ["model.dtype=bfloat16", "distributed.offload=true"],
+    # Some of its 4-bit layers are adapted, the others are bitsandbytes' own.
+    "nf4": ["model.quantization=nf4", "model.dtype=bfloat16", "adapter.targets=[q_proj, down_proj]"],
+    "packed": ["data.packing=true", "training.gradient_checkpointing=true"],
+    "trained head": ["adapter.modules_to_save=[lm_head]", "evaluation.every_steps=2", "evaluation.samples=1"],
+}
+STEPS = 4
+
+
+def launch(recipe: Path, out: Path, *runs: list[str]) -> list[dict[str, Any]]:
+    """Make the runs in two processes, and return what rank 0 found in each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    out.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [*command, str(recipe), str(out), *(";".join(overrides) for overrides in runs)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"{number}.json").read_text()) for number in range(len(runs))]
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in RunDir(run).metrics() if key in row]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert len(losses(one)) == STEPS
+    assert losses(one) == losses(other)
+    assert losses(one, "eval_loss")[-1] == losses(other, "eval_loss")[-1]
+    a, b = (load_file(run / "adapter_model.safetensors") for run in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(tensor.abs().max() > 0 for name, tensor in a.items() if "abba_B2" in name)
+
+
+@pytest.fixture
+def recipe(recipe_file: RecipeFile, rows: Path) -> Path:
+    return recipe_file(
+        data=f"{{train: {rows}, eval: {rows}, template: chat, max_length_tokens: 64}}",
+        adapter="{r1: 4, r2: 3, alpha: 4}",
+        training=f"{{max_steps: {STEPS}, batch_size: 2, learning_rate: 1e-2}}",
+        evaluation="{sample_max_tokens: 4}",
+    )
+
+
+def test_a_shared_out_base_makes_the_run_of_a_whole_one(recipe: Path, tmp_path: Path) -> None:
+    sharded, whole = (
+        [[*(key for key in overrides if strategy == "fsdp" or "offload" not in key), f"distributed.strategy={strategy}"]
+         for overrides in VARIANTS.values()]
+        for strategy in ("fsdp", "ddp")
+    )  # fmt: skip
+    found = launch(recipe, tmp_path / "out", *(override for pair in zip(sharded, whole, strict=True) for override in pair))
+    for number, name in enumerate(VARIANTS):
+        fsdp, ddp = found[2 * number], found[2 * number + 1]
+        assert fsdp["shares"] == fsdp["frozen"] > 0, name
+        assert fsdp["trained_whole"], name
+        assert fsdp["bytes_here"] == pytest.approx(fsdp["bytes"] / 2, rel=0.02), name
+        assert ddp["shares"] == 0, name
+        assert_same(tmp_path / "out" / str(2 * number), tmp_path / "out" / str(2 * number + 1))
+    record = RunDir(tmp_path / "out" / "0").provenance()
+    assert (record["processes"], record["sharded"]) == (2, True)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "8" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 2, 4]
+
+
+def test_a_run_goes_on_with_shares_and_without(recipe: Path, tmp_path: Path) -> None:
+    """A checkpoint knows nothing of shares: begun either way and ended the other, the run is the undisturbed one."""
+    fsdp, ddp, half = "distributed.strategy=fsdp", "distributed.strategy=ddp", "training.max_steps=2"
+    constant = "training.scheduler=constant"
+    launch(recipe, tmp_path / "out", [fsdp, constant], [fsdp, constant, half], [ddp, constant, half])
+    out = tmp_path / "out"
+    shutil.copytree(out / "1", tmp_path / "alone")
+    other = tmp_path / "others"
+    other.mkdir()
+    (out / "1").rename(other / "0")
+    (out / "2").rename(other / "1")
+    launch(recipe, other, [ddp, constant], [fsdp, constant])
+    for number in ("0", "1"):
+        assert_same(other / number, out / "0")
+    train(recipe, [fsdp, constant, f"output={tmp_path / 'alone'}"])  # alone, there is nothing to share out
+    assert RunDir(tmp_path / "alone").provenance()["processes"] == 1
+    assert losses(tmp_path / "alone") == pytest.approx(losses(out / "0"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distributed.offload=true"], "set distributed.strategy to fsdp"),
+        (["distributed.strategy=fsdp", "model.quantization=int8"], "set model.quantization to nf4 or none"),
+        (["distributed.strategy=fsdp", "training.compile=true"], "training.compile does not go with"),
+    ],
+)
+def test_contradictions_are_found_in_the_recipe(overrides: list[str], message: str, recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, overrides)
+
+
+def test_offloading_needs_somebody_to_share_with(recipe: Path) -> None:
+    with pytest.raises(RunError, match="several processes"):
+        train(recipe, ["distributed.strategy=fsdp", "distributed.offload=true"])
