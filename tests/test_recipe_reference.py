@@ -17,6 +17,7 @@ from abba_cli.recipe import (
     AdapterSection,
     CheckpointsSection,
     DataSection,
+    DistributedSection,
     EvaluationSection,
     LoggingSection,
     ModelSection,
@@ -37,6 +38,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingSection,
     "evaluation": EvaluationSection,
     "checkpoints": CheckpointsSection,
+    "distributed": DistributedSection,
     "logging": LoggingSection,
 }
 
