@@ -219,7 +219,7 @@ lr: 3
         '  r.yaml:15: training.learning_rate is "fast": expected a number above 0',
         "  r.yaml:16: unknown key training.packing; did you mean data.packing?",
         "  r.yaml:19: checkpoints is null: expected a section of keys",
-        "  r.yaml:20: unknown key lr; expected one of model, adapter, data, training, evaluation, checkpoints, logging, output",
+        "  r.yaml:20: unknown key lr; expected one of model, adapter, data, training, evaluation, checkpoints, distributed, logging, output",
     ]
 
 
@@ -319,7 +319,7 @@ def test_a_key_with_a_letter_left_out_is_reported_with_its_right_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "r.yaml is empty; expected the sections model, adapter, data, training, evaluation, checkpoints, logging, output"),
+        ("", "r.yaml is empty; expected the sections model, adapter, data, training, evaluation, checkpoints, distributed, logging, output"),
         ("# only a comment\n", "r.yaml is empty; expected the sections model, adapter"),
         ("- a\n", 'r.yaml holds ["a"]; expected the sections model, adapter'),
         ("a text\n", 'r.yaml holds "a text"; expected the sections model, adapter'),
@@ -331,7 +331,7 @@ def test_a_key_with_a_letter_left_out_is_reported_with_its_right_name() -> None:
             "r.yaml:2: not valid YAML: found unhashable key; a value that begins with {{ needs quotes",
         ),
         ("a: \0\n", "r.yaml: not valid YAML: unacceptable character"),
-        ("a: &x {b: *x}\n", "r.yaml: not a recipe: it is nested too deeply, or an alias holds itself"),
+        ("a: &x {b: *x}\n", "r.yaml: not valid YAML: it unfolds to more than 100,000 values, or an alias holds itself"),
     ],
 )
 def test_a_file_that_is_no_recipe(write: Write, text: str, message: str) -> None:
