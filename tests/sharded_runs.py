@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
 from abba_cli import training
+from abba_cli.preparation import Preparation
 from abba_cli.processes import join_crew
 
 
@@ -36,9 +37,9 @@ def main(recipe: str, out: str, *runs: str) -> None:
     for number, overrides in enumerate(runs):
         found: dict[str, Any] = {}
 
-        def watched(model: PeftModel, *others: Any, found: dict[str, Any] = found) -> Any:
-            found.update(placement(model))
-            return fit(model, *others)
+        def watched(model: PeftModel, ready: Preparation, *others: Any, found: dict[str, Any] = found) -> Any:
+            found.update(placement(model), foretold=ready.plan.memory.uses.get("share of the base"))
+            return fit(model, ready, *others)
 
         training.fit = watched
         training.train(recipe, [*overrides.split(";"), f"output={out}/{number}"])
