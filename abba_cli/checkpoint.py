@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from abba_cli.bases import Base
 from abba_cli.errors import ModelError
+from abba_cli.folders import leads_out
 from abba_cli.hub import explain
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -144,7 +145,17 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [SAFE_WEIGHTS_NAME]
-    return list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tree = json.loads(index.read_text(encoding="utf-8"))
+    names = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index} names no files of weights (weight_map); download it again")
+    for name in names.values():
+        # A merge writes files of the same names, so one with a path in it would be written elsewhere.
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index} names the file {str(name)[:80]!r}; expected the bare names of .safetensors files beside it"
+            )
+    return list(dict.fromkeys(names.values()))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -180,7 +191,12 @@ def read_file(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     tensors = {}
     for key, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = value["data_offsets"]
-        tensors[key] = Stored(key, value["dtype"], tuple(value["shape"]), file, begin + first, last - first)
+        stored = Stored(key, value["dtype"], tuple(value["shape"]), file, begin + first, last - first)
+        if stored.dtype in DTYPES and prod(stored.shape) * DTYPES[stored.dtype].itemsize != stored.size:
+            raise ModelError(
+                f"{file} is broken: {key} of shape {list(stored.shape)} has {stored.size:,} bytes; download it again"
+            )
+        tensors[key] = stored
     return tensors, metadata
 
 
@@ -191,12 +207,29 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             if not 2 <= size <= file.stat().st_size - 8:
                 raise ValueError("no header")
             header = json.loads(stream.read(size))
-            end = max((value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError) as error:
+            end = max((_end(value) for key, value in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise ModelError(f"{file} is no safetensors file ({error}); download it again") from None
     if 8 + size + end > file.stat().st_size:
         raise ModelError(f"{file} is cut short ({file.stat().st_size:,} of {8 + size + end:,} bytes); download it again")
     return header, 8 + size
+
+
+def _end(tensor: Mapping[str, Any]) -> int:
+    """Where a tensor of a header ends.
+
+    Raises:
+        ValueError, TypeError, KeyError: It is not described as tensors are.
+    """
+    first, last = tensor["data_offsets"]
+    numbers = [first, last, *tensor["shape"]]
+    if (
+        not all(isinstance(number, int) and number >= 0 for number in numbers)
+        or last < first
+        or not isinstance(tensor["dtype"], str)
+    ):
+        raise ValueError("a tensor of no type, shape or place")
+    return int(last)
 
 
 def planned(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Planned:
@@ -240,10 +273,15 @@ def copy_small_files(source: Path, target: Path) -> list[str]:
 
     Returns:
         The names of the copied files.
+
+    Raises:
+        ModelError: One is a link that leads out of the folder, and could be anything.
     """
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
     copied = []
     for file in sorted(source.iterdir()):
+        if file.is_symlink() and leads_out(file, source):
+            raise ModelError(f"{file} is a link to {file.resolve()}, outside of the model's folder; put the file itself there")
         if (
             file.is_file()
             and not file.name.startswith(".")

@@ -1,12 +1,14 @@
-"""Writing to disk: whole files or none, and one clear error when there is no room or no permission."""
+"""Writing to disk: whole files or none, by one process at a time, and one clear error where there is no room or permission."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from abba_cli.errors import RunError
 
@@ -26,8 +28,49 @@ def write_atomically(file: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
+        sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, would outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some file systems cannot, for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def settle(folder: Path) -> None:
+    """Bring all files of a folder, and their names, to the disk; not those of its subfolders."""
+    for file in (path for path in folder.iterdir() if path.is_file()):
+        sync(file)
+    sync(folder)
+
+
+def take_lock(file: Path) -> IO[str] | None:
+    """Lock a file, which is made where there is none, until it is closed or the process ends.
+
+    Returns:
+        The open file, which its holder may remove before closing it; None while another has the lock.
+    """
+    while True:
+        stream = file.open("a")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                return stream
+        except BlockingIOError:
+            stream.close()
+            return None
+        except FileNotFoundError:
+            pass
+        # Its holder has removed the file after it was opened here: this is a lock on nothing, and another may have the next one.
+        stream.close()
 
 
 @contextmanager

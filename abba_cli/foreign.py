@@ -10,6 +10,7 @@ with one rank for both pairs.
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from abba_cli.errors import ModelError
 _AUTHORS = {"B1": "lora_B1", "A1": "lora_A1", "B2": "lora_B2", "A2": "lora_A2"}
 _HADAMARD = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# What unpickling damaged bytes ends in.
+_DAMAGED = (SafetensorError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
 _EXPECTED = "expected keys such as MODULE.lora_A1.default (the authors' ABBA), or MODULE.hada_w1_a (LoHa of PEFT or LyCORIS)"
 
 
@@ -74,10 +77,13 @@ def read_foreign(path: Path) -> ForeignAdapter:
     method = settings.get("peft_type")
     if method == "ABBA":
         raise ModelError(f"{path} is an ABBA adapter of this program already; use it as it is")
-    if any(f".{part}" in key for key in tensors for part in _AUTHORS.values()):
-        return _authors(path, tensors, settings)
-    if any(key.endswith(f".{part}") for key in tensors for part in _HADAMARD.values()):
-        return _peft(path, tensors, settings) if method == "LOHA" else _lycoris(path, tensors)
+    try:
+        if any(f".{part}" in key for key in tensors for part in _AUTHORS.values()):
+            return _authors(path, tensors, settings)
+        if any(key.endswith(f".{part}") for key in tensors for part in _HADAMARD.values()):
+            return _peft(path, tensors, settings) if method == "LOHA" else _lycoris(path, tensors)
+    except (*_DAMAGED, re.error) as error:
+        raise ModelError(f"{path} is broken: {' '.join(str(error).split())[:200]}; bring a good copy back") from error
     raise ModelError(f"{file} has an unknown format: found {_some(list(tensors)) or 'no tensors'}; {_EXPECTED}")
 
 
@@ -101,7 +107,7 @@ def _settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {file}: {error}") from None
     if not isinstance(settings, dict):
         raise ModelError(f"{file} holds {type(settings).__name__}; expected the settings of an adapter")
@@ -118,7 +124,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is no pickle of tensors alone; what else it holds could run code, so it is not read. Load it where you "
             "trust it, and save its tensors as adapter_model.safetensors"
         ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except _DAMAGED as error:
         raise ModelError(f"cannot read {file}: {' '.join(str(error).split())[:200]}; is the file cut short?") from None
     if not isinstance(loaded, dict) or not all(isinstance(one, torch.Tensor) for one in loaded.values()):
         found = (

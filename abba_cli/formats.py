@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+from jinja2 import Template as JinjaTemplate
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from abba_cli.errors import DataError
+from abba_cli.rendering import RENDERING_ERRORS, within_limits
 
 Row = Mapping[str, Any]
 
@@ -43,9 +45,6 @@ ROLES = {
 """Roles as data sets write them, and the role a chat template knows."""
 
 KNOWN_SHAPES = ", ".join([*(f"{a}/{b}" for a, b in PAIRS), *CONVERSATIONS, "text"])
-
-# Errors that an expression over a row's values can raise inside a template.
-RENDERING_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,8 @@ def reader_for(columns: Sequence[str], prompt: str | None = None, completion: st
     )
 
 
-def sandbox() -> ImmutableSandboxedEnvironment:
-    """Return the Jinja environment of every template a user writes: sandboxed, strict, null renders as nothing."""
-    return ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined,
-        finalize=lambda value: "" if value is None else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def compile_template(source: str, what: str) -> Callable[[Row], str]:
-    """Compile a user's Jinja template.
+    """Compile a user's Jinja template: sandboxed and strict; null renders as nothing.
 
     Args:
         source: The template's text.
@@ -150,27 +139,45 @@ def compile_template(source: str, what: str) -> Callable[[Row], str]:
     Raises:
         DataError: The template cannot be parsed.
     """
-    environment = sandbox()
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, finalize=lambda value: "" if value is None else value, trim_blocks=True, lstrip_blocks=True
+    )
     try:
-        template = environment.from_string(source)
-        names = meta.find_undeclared_variables(environment.parse(source))
+        template = within_limits(what, lambda: environment.from_string(source))
+        names = within_limits(what, lambda: meta.find_undeclared_variables(environment.parse(source)))
     except TemplateSyntaxError as error:
-        raise DataError(f"{what} is not a valid Jinja template: {error.message} (line {error.lineno}): {source!r}") from error
+        raise DataError(
+            f"{what} is not a valid Jinja template: {error.message} (line {error.lineno}): {_shown(source)}"
+        ) from error
+    except RENDERING_ERRORS as error:
+        raise DataError(f"{what} is not a valid Jinja template: {error}: {_shown(source)}") from error
+    return _Compiled(source, what, template, frozenset(names))
 
-    def render(variables: Row) -> str:
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A compiled template, called with its variables; to another process it travels as its text."""
+
+    source: str
+    what: str
+    template: JinjaTemplate
+    names: frozenset[str]
+
+    def __call__(self, variables: Row) -> str:
         try:
-            return template.render(variables)
+            return within_limits(self.what, lambda: self.template.render(variables))
         except RENDERING_ERRORS as error:
-            missing = sorted(names - set(variables))
+            missing = sorted(self.names - set(variables))
             if missing:
                 hints = get_close_matches(missing[0], list(variables), n=1)
                 hint = f"; did you mean `{hints[0]}`?" if hints else ""
                 raise DataError(
-                    f"{what} {source!r} uses `{missing[0]}`, which is not there: found {_listed(variables)}{hint}"
+                    f"{self.what} {_shown(self.source)} uses `{missing[0]}`, which is not there: found {_listed(variables)}{hint}"
                 ) from error
-            raise DataError(f"{what} {source!r} cannot be rendered: {error}") from error
+            raise DataError(f"{self.what} {_shown(self.source)} cannot be rendered: {error}") from error
 
-    return render
+    def __reduce__(self) -> tuple[Any, ...]:
+        return compile_template, (self.source, self.what)
 
 
 def _templated_reader(columns: Sequence[str], prompt: str | None, completion: str) -> Reader:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
@@ -29,7 +30,7 @@ def explain(what: str, page: str = "", doing: str = "load") -> Iterator[None]:
         doing: The verb.
 
     Raises:
-        ModelError: In place of any OSError, ValueError, KeyError or hub error inside.
+        ModelError: In place of what the libraries raise for files that are not there, or are not what they should be.
     """
     try:
         yield
@@ -37,9 +38,12 @@ def explain(what: str, page: str = "", doing: str = "load") -> Iterator[None]:
         raise
     except Exception as error:
         if (reason := reason_for(error, page)) is None:
-            if not isinstance(error, _EXPECTED) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
+            expected = isinstance(error, (*_EXPECTED, *_BROKEN)) or type(error) is Exception
+            if not expected or (isinstance(error, RuntimeError) and "memory" in str(error)):
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if isinstance(error, _BROKEN) or type(error) is Exception:  # the latter are those of tokenizers
+                reason = f"its files are broken, or of a kind that is not known here ({type(error).__name__}: {reason})"
         if doing != "load" and reason == _UNREACHABLE:
             reason = "the hub cannot be reached; check the network"
         raise ModelError(f"cannot {doing} {what}: {reason}") from error
@@ -66,6 +70,11 @@ def reason_for(error: BaseException, page: str) -> str | None:
             return f"the hub answered with status {status}; try again later"
         if isinstance(cause, HFValidationError):
             return "it is neither a local directory nor a hub id (OWNER/NAME)"
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that its repository brings along, which is not run unasked; read that code, and set "
+            "model.trust_remote_code: true if you trust it"
+        )
     if "no file named model.safetensors" in text or ("safetensors" in text and "does not appear to have" in text):
         return _PICKLE if ".bin" in text or "model.safetensors" in text else None
     for cause in _chain(error):
@@ -79,6 +88,8 @@ def reason_for(error: BaseException, page: str) -> str | None:
 
 
 _EXPECTED = (OSError, ValueError, KeyError, ImportError, EOFError, HfHubHTTPError, SafetensorError, RuntimeError)
+_BROKEN = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError)
+"""What values of a wrong kind in a model's files end in, wherever a library first uses them."""
 _TRANSPORT = ("ConnectError", "ConnectTimeout", "ProxyError", "ReadError", "ReadTimeout", "WriteError", "WriteTimeout")
 _UNREACHABLE = "the hub cannot be reached and it is not in the local cache; check the network, or name a local directory"
 _PICKLE = (

@@ -96,6 +96,8 @@ def launch(arguments: Sequence[str], layout: Layout) -> int:
     logging.disable(logging.CRITICAL)  # the agent's; the processes themselves say what there is to say
     # Without a number, torchrun gives each process one thread, and says so.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.processes)))
+    # The agent kills its processes so many seconds after it was told to stop; 30 are not enough for a large step and its save.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHED] = "1"
     given = ["--nproc-per-node", str(layout.processes)]
     if layout.address is None:

@@ -107,7 +107,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What a directory of ours says about how it was made; {} for any other."""
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

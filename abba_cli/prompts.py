@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from abba_cli.errors import DataError
 from abba_cli.formats import Example, Message, Row, compile_template
+from abba_cli.rendering import RENDERING_ERRORS, within_limits
 
 ALPACA = (
     "Below is an instruction that describes a task"
@@ -203,11 +203,11 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """Render without the beginning-of-sequence token that the tokenizer itself adds."""
+        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt, "date_string": FIXED_DATE}
+        what = f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}"
         try:
-            text = self.tokenizer.apply_chat_template(
-                as_dicts(messages), tokenize=False, add_generation_prompt=generation_prompt, date_string=FIXED_DATE
-            )
-        except TemplateError as error:
+            text = within_limits(what, lambda: self.tokenizer.apply_chat_template(as_dicts(messages), **settings))
+        except RENDERING_ERRORS as error:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
         assert isinstance(text, str)

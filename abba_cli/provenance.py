@@ -46,6 +46,7 @@ class Outcome:
         train_loss: Mean training loss over the last tenth of the steps.
         eval_loss_before: Before the first step, where there is evaluation data.
         eval_loss: Of the kept adapter.
+        saving_seconds: The part of `seconds` that went into checkpoints, and the last one; None in older records.
     """
 
     steps: int
@@ -56,6 +57,7 @@ class Outcome:
     train_loss: float | None
     eval_loss_before: float | None
     eval_loss: float | None
+    saving_seconds: float | None = None
 
 
 def write_provenance(

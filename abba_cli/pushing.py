@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 
 from abba_cli.errors import ModelError
 from abba_cli.events import Listener, Stage, ignore
+from abba_cli.folders import leads_out
 from abba_cli.hub import explain
 
 TOKEN = "HF_TOKEN"
@@ -45,7 +46,7 @@ def push(folder: Path, repo: str, *, public: bool = False, listen: Listener = ig
         The address of the repository.
 
     Raises:
-        ModelError: The folder holds nothing to upload, there is no token, or the hub refuses.
+        ModelError: The folder holds nothing to upload or a link that leads out of it, there is no token, or the hub refuses.
     """
     check_push(repo)
     if not folder.is_dir():
@@ -55,6 +56,11 @@ def push(folder: Path, repo: str, *, public: bool = False, listen: Listener = ig
         raise ModelError(f"{folder} holds no adapter, model or GGUF to upload; found {found}")
     if not (folder / "README.md").is_file():
         raise ModelError(f"{folder} has no README.md; write a model card before it is uploaded")
+    outside = [path for path in sorted(folder.rglob("*")) if path.is_symlink() and leads_out(path, folder)]
+    if outside:
+        raise ModelError(
+            f"{outside[0]} is a link to {outside[0].resolve()}, which is not uploaded with it; put the file itself there"
+        )
     listen(Stage(f"Uploading to {repo}"))
     with explain(repo, page=repo, doing="upload to"):
         api = HfApi(token=os.environ[TOKEN].strip())

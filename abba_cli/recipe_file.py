@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from abba_cli.errors import RecipeError
+from abba_cli.plain_yaml import parse_yaml
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_reference import accepted, keys_of, schema_of
 
@@ -133,8 +134,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], li
                 walk(value, (*where, index))
 
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        root, tree = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         shown = text.splitlines()[line - 1 : line]  # none where the end of the file is what is wrong
@@ -146,10 +146,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], li
         found = "is empty" if tree is None else f"holds {_shown(tree)}"
         raise RecipeError(f"{name} {found}; expected the sections {', '.join(Recipe.model_fields)}")
     assert root is not None
-    try:
-        walk(root, ())
-    except RecursionError:
-        raise RecipeError(f"{name}: not a recipe: it is nested too deeply, or an alias holds itself") from None
+    walk(root, ())
     return tree, lines, repeated
 
 
@@ -160,9 +157,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> KeyPath:
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as --set training.max_steps=30")
     try:
         # A template on the command line is text, without quotes inside the shell's quotes.
-        value = written if written.startswith(("{{", "{%")) else yaml.safe_load(written)
+        value = written if written.startswith(("{{", "{%")) else parse_yaml(written)[1]
     except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not valid YAML; quote it, such as --set 'KEY=\"VALUE\"'") from None
+        raise RecipeError(
+            f"--set {override[:80]}: the value is not valid YAML; quote it, such as --set 'KEY=\"VALUE\"'"
+        ) from None
     parts = dotted.strip().split(".")
     where: list[str | int] = []
     node: Any = tree

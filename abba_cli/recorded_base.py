@@ -1,6 +1,7 @@
 """The base model that a saved adapter was trained on: recorded, resolved, and held against the adapter's layers."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def fit(adapter: SavedAdapter, config: PreTrainedConfig) -> Mapping[str, LayerKi
     try:
         with init_empty_weights():
             adapted = get_peft_model(bare, settings)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, LookupError, re.error) as error:  # PEFT takes its settings as they come
         raise ModelError(
             f"{adapter.path} does not fit {where} ({kind}), a base of another architecture? {' '.join(str(error).split())[:200]}"
         ) from None

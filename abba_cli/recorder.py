@@ -16,7 +16,8 @@ from abba_cli.events import Evaluated, Listener, Saved, Stepped, Stopping
 from abba_cli.memory import peak_memory
 from abba_cli.processes import Crew
 from abba_cli.recipe import Recipe
-from abba_cli.rundir import RunDir, remove_old_checkpoints, seal_checkpoint
+from abba_cli.rundir import RunDir, remove_old_checkpoints
+from abba_cli.sealing import seal_checkpoint
 
 
 class Recorder(TrainerCallback):
@@ -25,8 +26,10 @@ class Recorder(TrainerCallback):
     def __init__(self, recipe: Recipe, run: RunDir, crew: Crew, listen: Listener) -> None:
         self.recipe, self.run, self.crew, self.listen = recipe, run, crew, listen
         self.signal_number: int | None = None
+        self.saving_seconds = 0.0
         self._clock = (time.perf_counter(), 0)
         self._began = time.perf_counter()
+        self._before_saving = time.perf_counter()
 
     def on_train_begin(
         self,
@@ -43,15 +46,13 @@ class Recorder(TrainerCallback):
         for group, base, rate in zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True):
             group["lr"] = base * rate(lr_scheduler.last_epoch)
         lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
-        logged = [row["seconds"] for row in self.run.metrics() if "seconds" in row]
-        self._began = time.perf_counter() - (logged[-1] if logged else 0.0)
+        logged = [row for row in self.run.metrics() if "seconds" in row]
+        self._began = time.perf_counter() - (logged[-1]["seconds"] if logged else 0.0)
+        self.saving_seconds = logged[-1].get("saving_seconds", 0.0) if logged else 0.0
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # The processes hear of a signal at different moments, and have to stop after the same step.
-        self.signal_number = self.crew.largest(self.signal_number or 0) or None
-        if self.signal_number is not None:
-            control.should_save = control.should_training_stop = True
+        self._stop_if_asked(control)
         # A checkpoint is only good if the loss that led to it was looked at; a best one is decided after an evaluation.
         if control.should_save or control.should_evaluate:
             control.should_log = True
@@ -76,6 +77,7 @@ class Recorder(TrainerCallback):
             "tokens": seen,
             "tokens_per_second": round(speed, 1),
             "seconds": round(now - self._began, 3),
+            "saving_seconds": round(self.saving_seconds, 3),
             "memory_bytes": peak_memory(),
         }
         with disk_errors(self.run.path):
@@ -90,6 +92,7 @@ class Recorder(TrainerCallback):
             peak_memory(),
         )
         self.listen(event)
+        self._before_saving = time.perf_counter()
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.signal_number is not None and state.global_step == 0:
@@ -107,8 +110,11 @@ class Recorder(TrainerCallback):
                 row = {"step": step, "eval_loss": loss, "eval_seconds": round(metrics["eval_seconds"], 3)}
                 append_jsonl(self.run.metrics_file, row)
             self.listen(Evaluated(step, loss, best))
-        # Evaluation time is not training time.
+        # Evaluation time is not training time, nor is it saving time.
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
+        self._before_saving = time.perf_counter()
+        if step > 0:
+            self._stop_if_asked(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.crew.wait()  # each process has written its random state
@@ -116,20 +122,35 @@ class Recorder(TrainerCallback):
             return
         checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"
         with disk_errors(self.run.path):
+            self.run.sync_logs()
             seal_checkpoint(checkpoint)
             best = self.run.checkpoints / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
             remove_old_checkpoints(self.run, self.recipe.checkpoints.keep, best if self.recipe.evaluation.keep_best else None)
         self.listen(Saved(state.global_step, checkpoint))
+        # Trainer begins to save when the step is logged, and evaluated where it is.
+        self.saving_seconds += time.perf_counter() - self._before_saving
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        """Save and end where the training stands, if a signal has come."""
+        # The processes hear of it at different moments, and have to stop after the same step.
+        self.signal_number = self.crew.largest(self.signal_number or 0) or None
+        if self.signal_number is not None:
+            control.should_save = control.should_training_stop = True
 
     def _divergence(self, name: str, value: float, step: int) -> str:
         checkpoints = self.run.complete_checkpoints()
         kept = f"{checkpoints[-1]} is kept" if checkpoints else "there was no checkpoint yet"
         what = {"loss": "loss", "grad_norm": "gradient norm"}[name]
-        return (
-            f"the {what} is {value} at step {step}; training stopped, {kept}. "
+        advice = (
             f"Lower training.learning_rate ({self.recipe.training.learning_rate:g}) or adapter.alpha "
-            f"({self.recipe.adapter.alpha:g}), and look at the rows of that step"
+            f"({self.recipe.adapter.alpha:g}) and start anew with --restart or another output, and look at the rows of that step"
         )
+        if step == 1:
+            advice = (
+                "Nothing was learned yet, so that it comes from the base or the data: look at the files of the base, at "
+                f"model.dtype ({self.recipe.model.dtype}), and at the rows of that step"
+            )
+        return f"the {what} is {value} at step {step}; training stopped, {kept}. {advice}"
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -12,30 +12,30 @@ out/my-run/
   checkpoints/checkpoint-N/   a state to go on from; complete when its manifest.json fits its files
 """
 
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from abba_cli.disk import disk_errors, write_atomically
+from abba_cli.disk import disk_errors, sync, take_lock, write_atomically
 from abba_cli.errors import RecipeError, RunError
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import differences, dump_recipe, load_recipe
+from abba_cli.sealing import is_complete, is_sealed, remove_checkpoint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_MANIFEST = "manifest.json"
-# A run may be continued with other values of these: they set how long it runs and what is reported, not what a step computes.
+_LEFT_BY_A_START = {".lock", ".provenance.json.partial"}  # that was killed before its first file
+# A run may be continued with other values of these: they set how long it runs, what is reported, and how much memory a step
+# takes, not what it computes.
 # The data's content is held by its fingerprint, so that a folder may be moved.
 _MAY_CHANGE = (
     "output",
     "training.max_steps",
     "training.epochs",
+    "training.gradient_checkpointing",
     "checkpoints.",
     "logging.",
     "evaluation.",
@@ -100,9 +100,9 @@ class RunDir:
         """
         try:
             loaded = json.loads(self.provenance_file.read_text(encoding="utf-8"))
-            if not isinstance(loaded, dict) or not isinstance(loaded.get("outcome"), dict | None):
+            if not _is_record(loaded):
                 raise ValueError("it holds no record of a run")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
                 f"cannot read {self.provenance_file}: {error}; the run has not finished, or the file is broken"
             ) from None
@@ -130,22 +130,23 @@ class RunDir:
                 write_atomically(file, "".join(kept))
         for folder in self._checkpoint_folders():
             if checkpoint_step(folder) > step:
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)
+
+    def sync_logs(self) -> None:
+        """Bring metrics and samples to the disk: a checkpoint that is to outlive a power cut must not outlive its own metrics."""
+        for file in (self.metrics_file, self.samples_file):
+            if file.exists():
+                sync(file)
 
     def clear(self) -> None:
         """Remove what an earlier run left that the next one would not overwrite, so that it can start over."""
         for folder in self._checkpoint_folders():
-            shutil.rmtree(folder)
-        for name in (
-            *ADAPTER_FILES,
-            "recipe.yaml",
-            "metrics.jsonl",
-            "loss.png",
-            "samples.jsonl",
-            "provenance.json",
-            "README.md",
-        ):
+            remove_checkpoint(folder)
+        # Not provenance.json, by which the folder is known as a run; it is written over.
+        for name in (*ADAPTER_FILES, "recipe.yaml", "metrics.jsonl", "loss.png", "samples.jsonl", "README.md"):
             (self.path / name).unlink(missing_ok=True)
+        for partial in self.path.glob(".*.partial"):
+            partial.unlink()
 
 
 def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None]:
@@ -171,14 +172,14 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
     nearest = next(folder for folder in (run.path.absolute(), *run.path.absolute().parents) if folder.is_dir())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(f"cannot write to {nearest}; choose another output")
-    if not run.path.exists() or not any(run.path.iterdir()):
+    if not run.path.exists() or {path.name for path in run.path.iterdir()} <= _LEFT_BY_A_START:
         return run, None
     if not run.is_run:
         raise RunError(f"output {run.path} is not empty and not a run (no provenance.json of abba in it); choose another output")
     if restart:
         return run, None
     checkpoints = run.complete_checkpoints()
-    damaged = [path.name for path in run._checkpoint_folders() if (path / _MANIFEST).exists()]
+    damaged = [path.name for path in run._checkpoint_folders() if is_sealed(path)]
     if not checkpoints and damaged:
         raise RunError(
             f"no checkpoint in {run.checkpoints} is whole (files differ from manifest.json in {', '.join(damaged)}); "
@@ -192,7 +193,7 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
         raise RunError(
             f"the run in {run.path} cannot be continued, its recipe is not readable (--restart starts over): {error}"
         ) from None
-    changed = {key: values for key, values in differences(before, recipe).items() if not _may_change(key)}
+    changed = {key: values for key, values in differences(before, recipe).items() if not _may_change(key, before, recipe)}
     if changed:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
         advice = "Choose another output, or --restart to start over and lose what is there."
@@ -201,10 +202,15 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
         raise RunError(
             f"the run in {run.path} has finished, but no complete checkpoint is left to go on from; --restart starts over"
         )
+    if "fingerprint" not in run.provenance().get("data", {}):
+        raise RunError(f"{run.provenance_file} does not tell of the data; bring a good copy back, or --restart to start over")
     return run, checkpoints[-1]
 
 
-def _may_change(key: str) -> bool:
+def _may_change(key: str, before: Recipe, now: Recipe) -> bool:
+    if key in ("training.batch_size", "training.gradient_accumulation"):  # the same rows, in smaller or larger parts
+        rows = [recipe.training.batch_size * recipe.training.gradient_accumulation for recipe in (before, now)]
+        return rows[0] == rows[1] and not now.training.group_by_length
     return key.startswith(_MAY_CHANGE) or (key.startswith(("data.train", "data.eval")) and key.endswith(".path"))
 
 
@@ -213,32 +219,14 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def seal_checkpoint(checkpoint: Path) -> None:
-    """Write the manifest, last of all: a checkpoint without it, or with other files than it lists, does not count."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    for path in files:
-        with path.open("rb+") as stream:
-            os.fsync(stream.fileno())
-    manifest = {str(path.relative_to(checkpoint)): _digest(path) for path in files}
-    write_atomically(checkpoint / _MANIFEST, json.dumps(manifest, indent=1))
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that the manifest lists is there, unchanged."""
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-        return all(_digest(checkpoint / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def remove_old_checkpoints(run: RunDir, keep: int, best: Path | None) -> None:
     """Keep the newest `keep` complete checkpoints and the best one; broken ones go too."""
     complete = run.complete_checkpoints()
     kept = {path.name for path in complete[-keep:]} | ({best.name} if best else set())
     for path in run._checkpoint_folders():
         if path.name not in kept:
-            shutil.rmtree(path)
+            remove_checkpoint(path)
+    sync(run.checkpoints)
 
 
 @contextmanager
@@ -250,17 +238,25 @@ def locked(run: RunDir) -> Iterator[None]:
     """
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        stream = (run.path / ".lock").open("a")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise RunError(f"another process is training in {run.path}; wait for it, or choose another output") from None
+        sync(run.path.parent)
+        stream = take_lock(run.path / ".lock")
+    if stream is None:
+        raise RunError(f"another process is training in {run.path}; wait for it, or choose another output")
     try:
         yield
     finally:
         (run.path / ".lock").unlink(missing_ok=True)
         stream.close()
+
+
+def check_still_newest(run: RunDir, checkpoint: Path | None) -> None:
+    """Make sure, once the folder is locked, that the answer of `open_run` still holds.
+
+    Raises:
+        RunError: Another process has trained in the folder since then.
+    """
+    if run.complete_checkpoints()[-1:] != ([checkpoint] if checkpoint else []):
+        raise RunError(f"another process has trained in {run.path} meanwhile; run the same command again to go on from there")
 
 
 def write_recipe(run: RunDir, recipe: Recipe) -> None:
@@ -269,9 +265,14 @@ def write_recipe(run: RunDir, recipe: Recipe) -> None:
         write_atomically(run.recipe_file, dump_recipe(recipe))
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _is_record(tree: Any) -> bool:
+    """Whether the parts of a provenance.json that are read somewhere are what they should be."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("outcome"), dict | None):
+        return False
+    base, data, rows = (tree.get(name, otherwise) for name, otherwise in (("base", {}), ("data", {}), ("rows_per_step", 1)))
+    if not isinstance(base, dict) or not isinstance(data, dict) or not isinstance(rows, int) or rows < 1:
+        return False
+    return all(isinstance(text, str | None) for text in base.values()) and isinstance(data.get("fingerprint", ""), str)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -280,7 +281,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)

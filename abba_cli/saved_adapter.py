@@ -4,16 +4,18 @@ Shapes: an adapted layer's frozen weight W0 is (m, n); its factors are B1 (m, r1
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from abba_cli.adapter import AbbaConfig, Factors, scale
@@ -145,6 +147,7 @@ def open_adapter(path: Path) -> SavedAdapter:
                 f"{path} holds {f'a {method}' if method else 'no PEFT'} adapter; expected an ABBA one "
                 "(`abba import` reads LoHa adapters and those of the authors' code)"
             )
+        _check_types(path, settings)
         with _plausible(path):
             config = PeftConfig.from_pretrained(str(path))
     assert isinstance(config, AbbaConfig)
@@ -168,12 +171,23 @@ def open_adapter(path: Path) -> SavedAdapter:
     return SavedAdapter(path, config, layers, whole)
 
 
+def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
+    """Hold the settings against the types that AbbaConfig declares: PEFT takes whatever is in the file."""
+    for name, kind in get_type_hints(AbbaConfig).items():
+        if name in (*AbbaConfig.__annotations__, "base_model_name_or_path", "revision") and name in settings:
+            try:
+                TypeAdapter(kind).validate_python(settings[name], strict=True)
+            except ValidationError:
+                shown = repr(settings[name])[:60]
+                raise ModelError(f"{path / ADAPTER_FILES[0]} is broken: {name} is {shown}; bring a good copy back") from None
+
+
 @contextmanager
 def _plausible(path: Path) -> Iterator[None]:
     """Turn what a configuration with values of a wrong kind raises, wherever it is used, into a ModelError."""
     try:
         yield
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, AttributeError, KeyError, IndexError, re.error) as error:
         raise ModelError(f"{path / ADAPTER_FILES[0]} is broken: {error}; bring a good copy back") from error
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import random
 import re
+import zlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -134,7 +135,7 @@ def read_file(path: Path) -> Rows:
             return list(parquet.read_table(path).to_pylist())
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = content.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
     if not text.strip():
         raise DataError(f"{path} is empty")
@@ -172,6 +173,8 @@ def _parse_json(path: Path, text: str) -> Rows:
         raise DataError(
             f"{path}:{line + error.lineno - 1}: not valid JSON ({error.msg}): expected a list of objects, or one object a line"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{path}:{line}: not valid JSON ({error})") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} is {str(row)[:40]!r}, expected an object with named columns")

@@ -12,13 +12,14 @@ from transformers import TrainerState, set_seed
 
 from abba_cli import adapting, loading
 from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
-from abba_cli.disk import disk_errors
+from abba_cli.disk import disk_errors, settle
 from abba_cli.errors import RunError, TrainingInterrupted
 from abba_cli.events import Finished, Listener, Stage, Started, ignore
 from abba_cli.forecast.prediction import OPTIMIZER
 from abba_cli.loop import AbbaTrainer, arguments, extra_callbacks
 from abba_cli.loss import Collator, SupervisedBatches, keeps_logits
 from abba_cli.memory import peak_memory
+from abba_cli.out_of_memory import memory_errors
 from abba_cli.plan import Plan
 from abba_cli.preparation import Preparation, prepare
 from abba_cli.processes import join_crew, join_processes
@@ -26,9 +27,11 @@ from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenan
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
 from abba_cli.recorder import Recorder
-from abba_cli.rundir import RunDir, checkpoint_step, locked, write_recipe
+from abba_cli.rundir import RunDir, check_still_newest, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
+from abba_cli.sealing import is_complete
 from abba_cli.sharding import put_away, shard
+from abba_cli.states import state_errors
 
 
 def train(
@@ -69,7 +72,8 @@ def train(
 
     listen(Stage("Loading the base model"))
     set_seed(recipe.training.seed)
-    adapted = _adapted_model(ready, listen)
+    with memory_errors(run, recipe, ready.plan.memory):
+        adapted = _adapted_model(ready, listen)
     adapting.check_plan(adapted, ready.plan.layers, ready.plan.trainable)
     if recipe.data.packing:
         require_separation(adapted)
@@ -78,8 +82,11 @@ def train(
     # Nothing was written so far: whatever could be wrong with the input has been found.
     with ExitStack() as held:
         crew.from_main(lambda: held.enter_context(locked(run)))
+        if not restart:
+            crew.from_main(lambda: check_still_newest(run, ready.checkpoint))
         crew.from_main(lambda: _open_run_directory(recipe, ready, adapted, listen))
-        outcome = fit(adapted, ready, listen)
+        with memory_errors(run, recipe, ready.plan.memory):
+            outcome = fit(adapted, ready, listen)
         crew.from_main(lambda: _complete_run_directory(recipe, ready, adapted, outcome, listen))
     listen(Finished(path=run.path, already=False, outcome=outcome))
     return run
@@ -112,7 +119,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
     Raises:
         TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         TrainingDiverged: The loss or the gradient norm is no longer finite.
-        RunError: The disk is full.
+        RunError: The disk is full, or the best checkpoint was damaged.
     """
     run, recipe, steps, data = ready.run, ready.recipe, ready.plan.steps, ready.data
     first = checkpoint_step(ready.checkpoint) if ready.checkpoint else 0
@@ -130,12 +137,12 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
         group_by_length=recipe.training.group_by_length,
     )
     listen(Started(first, steps, ready.checkpoint))
-    if first < steps:
-        with recorder.signals(), disk_errors(run.path), join_crew().in_contact():
+    if first < steps and not _stopped_early(recipe, ready.checkpoint):
+        with recorder.signals(), disk_errors(run.path), state_errors(run.checkpoints), join_crew().in_contact():
             trainer.train(resume_from_checkpoint=str(ready.checkpoint) if ready.checkpoint else None)
         state = trainer.state
     else:
-        # Killed between the last checkpoint and the finished run: only the end is missing.
+        # Ended between the last checkpoint and the finished run: only the end is missing.
         assert ready.checkpoint is not None
         state = TrainerState.load_from_json(str(ready.checkpoint / "trainer_state.json"))
     if recorder.signal_number is not None and state.global_step < steps:
@@ -147,12 +154,26 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
     used = state.global_step
     if recipe.evaluation.keep_best and state.best_global_step and state.best_global_step != state.global_step:
         used = state.best_global_step
-        best = load_peft_weights(str(run.checkpoints / f"checkpoint-{used}"), device="cpu")
-        set_peft_model_state_dict(model, best)
-    return _outcome(run, state.global_step, steps, used)
+        best = run.checkpoints / f"checkpoint-{used}"
+        if not is_complete(best):
+            raise RunError(
+                f"{best}, which has the lowest evaluation loss, is damaged (its files differ from manifest.json); bring a good "
+                "copy back, or end with the last adapter: --set evaluation.keep_best=false"
+            )
+        set_peft_model_state_dict(model, load_peft_weights(str(best), device="cpu"))
+    return _outcome(run, state.global_step, steps, used, recorder.saving_seconds)
 
 
-def _outcome(run: RunDir, made: int, planned: int, used: int) -> Outcome:
+def _stopped_early(recipe: Recipe, checkpoint: Path | None) -> bool:
+    """Whether the checkpoint is of a step after which patience had run out; to go on takes more patience."""
+    if checkpoint is None or recipe.evaluation.patience is None:
+        return False
+    callbacks = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).stateful_callbacks
+    attributes = callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    return int(attributes.get("early_stopping_patience_counter", 0)) >= recipe.evaluation.patience
+
+
+def _outcome(run: RunDir, made: int, planned: int, used: int, saving_seconds: float) -> Outcome:
     rows = run.metrics()
     steps = [row for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -167,6 +188,7 @@ def _outcome(run: RunDir, made: int, planned: int, used: int) -> Outcome:
         train_loss=sum(tail) / len(tail) if tail else None,
         eval_loss_before=held_out.get(0),
         eval_loss=held_out.get(used),
+        saving_seconds=round(max(saving_seconds, steps[-1].get("saving_seconds", 0.0) if steps else 0.0), 3),
     )
 
 
@@ -199,6 +221,7 @@ def _complete_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftMod
         ready.tokenizer.save_pretrained(run.path)
         draw_losses(run)
         write_card(run, recipe, ready.base, ready.plan, outcome)
+        settle(run.path)  # what says that the run has finished must not outlive the rest in a power cut
         write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
 
 

@@ -100,3 +100,10 @@ def abba(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return int(caught.value.code or 0), out, err
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many cases the fuzz tests have run, where some were."""
+    if (fuzzing := sys.modules.get("fuzzing")) is not None and fuzzing.COUNTED:
+        terminalreporter.section("bad input")
+        terminalreporter.write_line(fuzzing.summary())

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-TIMES = int(os.environ.get("ABBA_FUZZ", "1"))
+TIMES = float(os.environ.get("ABBA_FUZZ", "1"))
 """ABBA_FUZZ=20 runs twenty times as many cases."""
 
 ODD = st.sampled_from(
@@ -22,7 +22,7 @@ VALUES = st.recursive(
 def cases(number: int) -> settings:
     """So many cases, or TIMES as many."""
     return settings(
-        max_examples=number * TIMES,
+        max_examples=max(1, round(number * TIMES)),
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 

@@ -1,5 +1,6 @@
 """Rows of every known shape, and every message for rows of none."""
 
+import pickle
 import re
 from typing import Any
 
@@ -158,3 +159,11 @@ def test_templates_are_sandboxed(attack: str) -> None:
     with pytest.raises(DataError, match=re.escape("cannot be rendered") + ".*(unsafe|not safe)"):
         compile_template(attack, "the template")({"rows": rows})
     assert rows == []
+
+
+def test_a_compiled_template_travels_to_another_process() -> None:
+    template = compile_template("{{ question | upper }}?", "the prompt template")
+    arrived = pickle.loads(pickle.dumps(template))
+    assert arrived({"question": "why"}) == "WHY?"
+    with pytest.raises(DataError, match="uses `question`"):
+        arrived({"query": "why"})

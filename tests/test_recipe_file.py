@@ -22,6 +22,8 @@ JARGON = re.compile(
 
 Write = Callable[[str], Path]
 
+SECTIONS = "model, adapter, data, training, evaluation, checkpoints, distributed, logging, output"
+
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
@@ -219,7 +221,7 @@ lr: 3
         '  r.yaml:15: training.learning_rate is "fast": expected a number above 0',
         "  r.yaml:16: unknown key training.packing; did you mean data.packing?",
         "  r.yaml:19: checkpoints is null: expected a section of keys",
-        "  r.yaml:20: unknown key lr; expected one of model, adapter, data, training, evaluation, checkpoints, distributed, logging, output",
+        f"  r.yaml:20: unknown key lr; expected one of {SECTIONS}",
     ]
 
 
@@ -319,7 +321,10 @@ def test_a_key_with_a_letter_left_out_is_reported_with_its_right_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "r.yaml is empty; expected the sections model, adapter, data, training, evaluation, checkpoints, distributed, logging, output"),
+        (
+            "",
+            f"r.yaml is empty; expected the sections {SECTIONS}",
+        ),
         ("# only a comment\n", "r.yaml is empty; expected the sections model, adapter"),
         ("- a\n", 'r.yaml holds ["a"]; expected the sections model, adapter'),
         ("a text\n", 'r.yaml holds "a text"; expected the sections model, adapter'),

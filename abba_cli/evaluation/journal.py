@@ -53,7 +53,7 @@ class Journal:
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if _is_record(record):
                     found[record["key"]] = record

@@ -142,7 +142,7 @@ def read_results(source: Path) -> Results:
         if tree["schema_version"] != 1:
             raise ValueError(f"schema_version is {tree['schema_version']!r}, this version of abba reads 1")
         return Results.model_validate(tree)
-    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+    except (OSError, ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]

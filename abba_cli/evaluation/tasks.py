@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from abba_cli.errors import DataError
+from abba_cli.plain_yaml import parse_yaml
 from abba_cli.recipe import Regex, Section, Text
 
 GROUPS = {
@@ -141,7 +142,7 @@ def read_task(path: Path) -> Task:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        tree = parse_yaml(text)[1]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the task file {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:

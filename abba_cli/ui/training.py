@@ -182,6 +182,9 @@ def show_summary(console: Console, event: Finished) -> None:
         return
     memory = f"{outcome.peak_memory_bytes / 1e9:.1f} GB"
     console.print(f"[bold green]Finished[/] after {outcome.steps} steps in {duration(outcome.seconds)}; peak memory {memory}")
+    if outcome.saving_seconds is not None:
+        share = outcome.saving_seconds / max(outcome.seconds, outcome.saving_seconds, 1e-9)
+        console.print(f"  saving took {outcome.saving_seconds:.1f} s, {share:.1%} of the time", highlight=False)
     if outcome.steps < outcome.planned_steps:
         console.print(f"  stopped early: {outcome.planned_steps} steps were planned")
     if outcome.train_loss is not None:

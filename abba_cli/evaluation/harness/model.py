@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from abba_cli.disk import disk_errors
 from abba_cli.errors import ModelError
 from abba_cli.events import Event, Stage
+from abba_cli.rendering import within_limits
 from abba_cli.speakers import Speaker
 
 Answer = tuple[float, bool] | float | str
@@ -69,6 +70,11 @@ class AskedModel(HFLM):  # type: ignore[misc]  # untyped
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
         return self._answer("generate_until", requests)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        apply = super().apply_chat_template
+        what = f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}"
+        return within_limits(what, lambda: str(apply(chat_history, add_generation_prompt)))
 
     def close(self) -> None:
         """Close the file of kept answers."""
@@ -238,7 +244,7 @@ def _read(cache: Path, name: str) -> dict[str, list[Answer]]:
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 key, answer = json.loads(line)
-            except ValueError:  # what a killed process left half written
+            except (ValueError, RecursionError):  # what a killed process left half written
                 continue
             found.setdefault(key, []).append(tuple(answer) if isinstance(answer, list) else answer)
     return found

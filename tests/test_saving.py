@@ -1,0 +1,71 @@
+"""The time that saving takes is measured and told; records of runs from before that are still read."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from abba_cli import recorder, train
+from abba_cli.events import Finished
+from abba_cli.provenance import Outcome
+from abba_cli.ui.training import show_summary
+
+OLD = {
+    "steps": 6,
+    "planned_steps": 6,
+    "used_step": 6,
+    "seconds": 8.0,
+    "peak_memory_bytes": 1_000_000_000,
+    "train_loss": 1.0,
+    "eval_loss_before": None,
+    "eval_loss": None,
+}
+
+
+def summary(outcome: Outcome) -> str:
+    stream = io.StringIO()
+    show_summary(Console(file=stream, width=120), Finished(Path("out/mine"), False, outcome))
+    return stream.getvalue()
+
+
+def test_the_summary_tells_it_where_it_is_known() -> None:
+    assert "saving took 0.2 s, 2.5% of the time" in summary(Outcome(**OLD, saving_seconds=0.2))
+    assert "saving" not in summary(Outcome(**OLD))
+
+
+def test_saving_is_measured_and_evaluation_is_not(
+    recipe_file: Callable[..., Path], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that stands still but for a save, which takes 2 s, and a batch of an evaluation, which takes 50 s."""
+    seal, on_prediction_step = recorder.seal_checkpoint, recorder.Recorder.on_prediction_step
+    now = [1000.0]
+
+    def slow_seal(checkpoint: Path) -> None:
+        now[0] += 2
+        seal(checkpoint)
+
+    def slow_evaluation(*given: Any, **named: Any) -> None:
+        now[0] += 50
+        on_prediction_step(*given, **named)
+
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(recorder, "seal_checkpoint", slow_seal)
+    monkeypatch.setattr(recorder.Recorder, "on_prediction_step", slow_evaluation)
+    run = train(recipe_file(), [f"data.eval={rows}", "evaluation.every_steps=2"])
+    assert now[0] == 1000 + 3 * 2 + 4 * 12 * 50
+    assert [row["saving_seconds"] for row in run.metrics() if "saving_seconds" in row] == [0, 0, 2, 2, 4, 4]
+
+
+def test_an_older_record_is_read(recipe_file: Callable[..., Path], abba: Callable[..., tuple[int, str, str]]) -> None:
+    run = train(recipe_file())
+    record = run.provenance()
+    record["outcome"] = {key: value for key, value in record["outcome"].items() if key != "saving_seconds"}
+    run.provenance_file.write_text(json.dumps(record))
+    code, out, err = abba("train", recipe_file())
+    assert (code, err) == (0, "")
+    assert "has finished already" in " ".join(out.split())
