@@ -21,7 +21,7 @@ RecipeFile = Callable[..., Path]
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
 VARIANTS = {
     "float32": ["training.gradient_accumulation=2"],
-    "bfloat16": ["model.dtype=bfloat16", "distributed.offload=true"],
+    "bfloat16": ["model.dtype=bfloat16", "data.template=alpaca", "distributed.offload=true"],
     # Some of its 4-bit layers are adapted, the others are bitsandbytes' own.
     "nf4": ["model.quantization=nf4", "model.dtype=bfloat16", "adapter.targets=[q_proj, down_proj]"],
     "packed": ["data.packing=true", "training.gradient_checkpointing=true"],
