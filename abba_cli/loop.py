@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 import torch
@@ -31,6 +31,7 @@ from abba_cli.processes import PATIENCE
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
 from abba_cli.sharding import is_sharded, put_away, replicate
+from abba_cli.zero import gather_state, hand_out_state, is_engine, share_out, step
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -95,7 +96,11 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        accelerator_config={"non_blocking": cuda},
+        accelerator_config={
+            "non_blocking": cuda,
+            # DeepSpeed shares the gradients out after each pass, and takes no_sync for a mistake.
+            "gradient_accumulation_kwargs": {"sync_each_batch": recipe.distributed.strategy == "deepspeed"},
+        },
         ddp_find_unused_parameters=False,
         ddp_timeout=int(PATIENCE.total_seconds()),
         # Without being told, accelerate takes a process group on a machine without accelerator for a single process.
@@ -113,15 +118,18 @@ class AbbaTrainer(Trainer):
     Args:
         model: The model with its adapter.
         group_by_length: Put rows of like length into one batch.
+        zero: DeepSpeed's settings, where it trains the model.
         kwargs: Whatever else Trainer takes.
     """
 
-    def __init__(self, *, model: PeftModel, group_by_length: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, model: PeftModel, group_by_length: bool = False, zero: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)  # only the `ui` rooms print
         # A compiled forward pass has its head compiled in.
         self._head = None if self.args.torch_compile else separable_head(model)
-        self._group_by_length = group_by_length
+        self._group_by_length, self._zero = group_by_length, zero
         self._tokens = self._tokens_logged = 0
         # Upstream then counts the supervised tokens of a step, and leaves the loss as we return it.
         self.model_accepts_loss_kwargs = True
@@ -188,7 +196,29 @@ class AbbaTrainer(Trainer):
         """Wrap a sharded model ourselves: accelerate takes shards and DistributedDataParallel for a contradiction."""
         if training and isinstance(model, PeftModel) and is_sharded(model):
             return replicate(model, self.args.device)
+        if training and self._zero is not None:
+            assert self.optimizer is not None
+            return cast(nn.Module, share_out(model, self.optimizer, self._zero))
         return super()._wrap_model(model, training, dataloader)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return None if is_engine(model) else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm; DeepSpeed clips within its step, which is made here (its parameters leave the Trainer's no gradient)."""
+        return step(model, self.optimizer) if is_engine(model) else super()._get_grad_norm(model, grad_norm)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_engine(self.model_wrapped):
+            gather_state(self.model_wrapped, self.optimizer, self.args.should_save)
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_engine(self.model_wrapped):
+            self.optimizer.state.clear()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and is_engine(self.model_wrapped):
+            hand_out_state(self.model_wrapped, self.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert isinstance(self.model, nn.Module)

@@ -230,7 +230,7 @@ class CheckpointsSection(Section):
 class DistributedSection(Section):
     """How several processes share the work; nothing of it matters to one."""
 
-    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
         "auto",
         description="ddp: each device holds the whole base. fsdp: each holds a share of it and gathers one block at a time "
         "(FSDP2). auto: ddp where the forecast fits into the devices' memory, else fsdp.",
@@ -241,8 +241,8 @@ class DistributedSection(Section):
 
     @model_validator(mode="after")
     def _offload_needs_shares(self) -> "DistributedSection":
-        if self.offload and self.strategy != "fsdp":
-            raise ValueError("offload needs shares of the base to keep: set distributed.strategy to fsdp")
+        if self.offload and self.strategy not in ("fsdp", "deepspeed"):
+            raise ValueError("offload needs shares to keep: set distributed.strategy to fsdp")
         return self
 
 

@@ -29,6 +29,7 @@ from abba_cli.recorder import Recorder
 from abba_cli.rundir import RunDir, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
 from abba_cli.sharding import put_away, shard
+from abba_cli.zero import configuration
 
 
 def train(
@@ -128,6 +129,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
         data_collator=SupervisedBatches(collate, keeps_logits(model.get_base_model())),
         callbacks=[Sampler(recipe, run, ready.tokenizer, data, listen), recorder, *extra_callbacks(recipe)],
         group_by_length=recipe.training.group_by_length,
+        zero=configuration(recipe) if recipe.distributed.strategy == "deepspeed" and join_crew().count > 1 else None,
     )
     listen(Started(first, steps, ready.checkpoint))
     if first < steps:
