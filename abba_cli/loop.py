@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -31,7 +31,7 @@ from abba_cli.processes import PATIENCE
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
 from abba_cli.sharding import is_sharded, put_away, replicate
-from abba_cli.zero import gather_state, hand_out_state, is_engine, share_out, step
+from abba_cli.zero import gather_state, hand_out_state, hand_over, is_engine, step
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -128,7 +128,7 @@ class AbbaTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)  # only the `ui` rooms print
         # A compiled forward pass has its head compiled in.
-        self._head = None if self.args.torch_compile else separable_head(model)
+        self._head = None if self.args.torch_compile or (zero is not None and is_sharded(model)) else separable_head(model)
         self._group_by_length, self._zero = group_by_length, zero
         self._tokens = self._tokens_logged = 0
         # Upstream then counts the supervised tokens of a step, and leaves the loss as we return it.
@@ -194,11 +194,15 @@ class AbbaTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Wrap a sharded model ourselves: accelerate takes shards and DistributedDataParallel for a contradiction."""
+        if training and self._zero is not None:
+            assert isinstance(model, PeftModel)
+            assert self.optimizer is not None
+            engine: nn.Module = hand_over(model, self.optimizer, self._zero)
+            if is_sharded(model):
+                self._head = separable_head(model)  # before, nothing could be asked of it
+            return engine
         if training and isinstance(model, PeftModel) and is_sharded(model):
             return replicate(model, self.args.device)
-        if training and self._zero is not None:
-            assert self.optimizer is not None
-            return cast(nn.Module, share_out(model, self.optimizer, self._zero))
         return super()._wrap_model(model, training, dataloader)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -235,9 +235,19 @@ class DistributedSection(Section):
         description="ddp: each device holds the whole base. fsdp: each holds a share of it and gathers one block at a time "
         "(FSDP2). auto: ddp where the forecast fits into the devices' memory, else fsdp.",
     )
+    zero_stage: Literal[2, 3] = Field(
+        2,
+        description="With deepspeed. 2: each device holds the whole base, and a share of the factors' gradients and of the "
+        "optimizer's state. 3: a share of the base as well.",
+    )
     offload: bool = Field(
         False, description="With fsdp: keep the shares in the memory of the CPU, and bring a block to the device when needed."
     )
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether several processes have a share of the base each."""
+        return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.zero_stage == 3)
 
     @model_validator(mode="after")
     def _offload_needs_shares(self) -> "DistributedSection":

@@ -29,7 +29,7 @@ from abba_cli.recorder import Recorder
 from abba_cli.rundir import RunDir, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
 from abba_cli.sharding import put_away, shard
-from abba_cli.zero import configuration
+from abba_cli.zero import configuration, partition
 
 
 def train(
@@ -104,7 +104,10 @@ def _adapted_model(ready: Preparation, listen: Listener) -> PeftModel:
 
     if not ready.plan.sharded:
         return whole()
-    return shard(lambda: whole(torch.device("cpu")), empty, join_crew(), join_processes().device, recipe.distributed.offload)
+    crew, device = join_crew(), join_processes().device
+    if recipe.distributed.strategy == "deepspeed":
+        return partition(lambda: whole(torch.device("cpu")), empty, crew, device, configuration(recipe))
+    return shard(lambda: whole(torch.device("cpu")), empty, crew, device, recipe.distributed.offload)
 
 
 def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 2: the optimizer's state and the gradients of the factors shared out, where the factors are what is large.
+"""DeepSpeed's ZeRO 2 and 3: gradients and optimizer's state of the factors shared out, and in stage 3 the frozen base as well.
 
 DeepSpeed trains flat shares of the factors with an optimizer of its own. The Trainer's stays beside it, without state: it has the
 learning rate, and stands for the whole state when a checkpoint is written or read. So a checkpoint is the plain one of torch's
@@ -7,14 +7,18 @@ AdamW, and a run goes on with any strategy and any number of processes. https://
 
 import importlib.util
 import math
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from abba_cli.adapter.layer import AbbaLayer
 from abba_cli.errors import RunError
+from abba_cli.processes import Crew
 from abba_cli.recipe import Recipe
+from abba_cli.sharding import is_partition, is_sharded, share_out
 
 _BUCKET = 2**24  # elements that are reduced together; DeepSpeed's own 5e8 would be 2 GB on each device
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,9 +39,15 @@ def check_deepspeed(recipe: Recipe) -> None:
 def configuration(recipe: Recipe) -> dict[str, Any]:
     """The recipe in DeepSpeed's terms."""
     training = recipe.training
-    zero: dict[str, Any] = {"stage": 2, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET}
+    zero: dict[str, Any] = {
+        "stage": recipe.distributed.zero_stage,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }
     if recipe.distributed.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if zero["stage"] == 3:
+            zero["offload_param"] = zero["offload_optimizer"]
     return {
         "train_micro_batch_size_per_gpu": training.batch_size,
         # The Trainer counts the passes of a step; a step of DeepSpeed's is one when it is asked for.
@@ -50,27 +60,48 @@ def configuration(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def share_out(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """Hand a model to DeepSpeed.
+def partition(
+    whole: Callable[[], PeftModel], empty: Callable[[], PeftModel], crew: Crew, device: torch.device, settings: dict[str, Any]
+) -> PeftModel:
+    """Build the adapted model with its base shared out for stage 3; all but `settings` as of `sharding.share_out`."""
+    deepspeed = _deepspeed()
+
+    def keep_share(unit: nn.Module, trained: set[nn.Parameter]) -> None:
+        frozen = [one for one in unit.parameters() if one not in trained and not is_partition(one)]
+        deepspeed.zero.Init(module=nn.ParameterList(frozen), config_dict_or_path=settings)
+
+    return share_out(whole, empty, crew, device, keep_share)
+
+
+def hand_over(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """Give a model to DeepSpeed to train.
 
     Args:
-        model: The model, on its device.
+        model: The model, on its device; `partition` made it for stage 3.
         optimizer: The Trainer's AdamW of it, which is only asked for its settings.
         settings: What `configuration` said.
 
     Returns:
         DeepSpeed's engine, which is called as the model is.
     """
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # it writes to stdout otherwise
-    import deepspeed
-
+    deepspeed = _deepspeed()
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups if group["params"]]
+    # In stage 3, parameters up to this size stay whole in every process: so the factors can be saved by one of them.
+    kept_whole = {"stage3_param_persistence_threshold": max(parameter.numel() for parameter in _trained(optimizer))}
+    settings = settings | {"zero_optimization": settings["zero_optimization"] | kept_whole}
     engine, *_ = deepspeed.initialize(model=model, optimizer=type(optimizer)(groups), config=settings)  # type: ignore[call-arg]
+    if is_sharded(model):
+        for layer in model.modules():
+            if isinstance(layer, AbbaLayer):
+                for factor in (one for one in layer.parameters() if one.requires_grad):
+                    deepspeed.zero.register_external_parameter(layer, factor)  # the modules that hold them are never called
+        factors = engine.optimizer.persistent_parameters
+        factors[0].all_gather(factors)
     return engine
 
 
 def is_engine(model: nn.Module) -> bool:
-    """Whether `share_out` made it."""
+    """Whether `hand_over` made it."""
     return hasattr(model, "zero_optimization_stage")
 
 
@@ -111,11 +142,12 @@ def hand_out_state(engine: Any, optimizer: torch.optim.Optimizer) -> None:
 
     count = next(iter(optimizer.state.values()))["step"]
     # DeepSpeed finds the state of a parameter only after the first step; so it is shown what that one would have made.
-    for group in engine.basic_optimizer.param_groups:
-        for flat in group["params"]:
-            moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            engine.basic_optimizer.state[flat] = {"step": count.clone(), **moments}
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    zero = engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat if is_sharded(engine.module) else zero.single_partition_of_fp32_groups:
+        moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
+        engine.basic_optimizer.state[flat] = {"step": count.clone(), **moments}
+    if not is_sharded(engine.module):
+        zero._lazy_init_hp_params_optimizer_state()
     for parameter in _trained(optimizer):
         for key in _MOMENTS:
             safe_set_full_optimizer_state(parameter, optimizer.state[parameter][key], key)
@@ -124,3 +156,11 @@ def hand_out_state(engine: Any, optimizer: torch.optim.Optimizer) -> None:
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _deepspeed() -> Any:
+    import deepspeed
+
+    # On a CPU it would compile a faster all-reduce, which needs a compiler, half a minute and a line on stdout.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
