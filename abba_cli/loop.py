@@ -1,5 +1,6 @@
 """The training loop: transformers' Trainer with the recipe's settings, our loss, and nothing beside the step that takes time."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -31,7 +32,7 @@ from abba_cli.processes import PATIENCE
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
 from abba_cli.sharding import is_sharded, put_away, replicate
-from abba_cli.zero import gather_state, hand_out_state, hand_over, is_engine, step
+from abba_cli.zero import Engine, hand_over, whole_factors
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -130,6 +131,7 @@ class AbbaTrainer(Trainer):
         # A compiled forward pass has its head compiled in.
         self._head = None if self.args.torch_compile or (zero is not None and is_sharded(model)) else separable_head(model)
         self._group_by_length, self._zero = group_by_length, zero
+        self._engine: Engine | None = None
         self._tokens = self._tokens_logged = 0
         # Upstream then counts the supervised tokens of a step, and leaves the loss as we return it.
         self.model_accepts_loss_kwargs = True
@@ -197,37 +199,38 @@ class AbbaTrainer(Trainer):
         if training and self._zero is not None:
             assert isinstance(model, PeftModel)
             assert self.optimizer is not None
-            engine: nn.Module = hand_over(model, self.optimizer, self._zero)
+            self._engine = hand_over(model, self.optimizer, self._zero)
             if is_sharded(model):
                 self._head = separable_head(model)  # before, nothing could be asked of it
-            return engine
+            wrapped: nn.Module = self._engine.model
+            return wrapped
         if training and isinstance(model, PeftModel) and is_sharded(model):
             return replicate(model, self.args.device)
         return super()._wrap_model(model, training, dataloader)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return None if is_engine(model) else super()._clip_grad_norm(model)
+        return None if self._engine else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm; DeepSpeed clips within its step, which is made here (its parameters leave the Trainer's no gradient)."""
-        return step(model, self.optimizer) if is_engine(model) else super()._get_grad_norm(model, grad_norm)
+        """Return the norm. DeepSpeed clips within its step, so that it is made here, and leaves the Trainer's no gradient."""
+        if self._engine:
+            return self._engine.step()
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if is_engine(self.model_wrapped):
-            gather_state(self.model_wrapped, self.optimizer, self.args.should_save)
-        super()._save_optimizer_and_scheduler(output_dir)
-        if is_engine(self.model_wrapped):
-            self.optimizer.state.clear()
+        with self._engine.whole_state(self.args.should_save) if self._engine else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and is_engine(self.model_wrapped):
-            hand_out_state(self.model_wrapped, self.optimizer)
+        if checkpoint is not None and self._engine:
+            self._engine.hand_out_state()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert isinstance(self.model, nn.Module)
         put_away(self.model)
-        super()._save_checkpoint(model, trial)
+        with whole_factors(self.model):
+            super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
         """Return upstream's sampler, or ours: upstream's grouping sorts the batches too, and knows neither seed nor epoch."""

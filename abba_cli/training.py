@@ -29,7 +29,7 @@ from abba_cli.recorder import Recorder
 from abba_cli.rundir import RunDir, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
 from abba_cli.sharding import put_away, shard
-from abba_cli.zero import configuration, partition
+from abba_cli.zero import configuration, partition, take_back
 
 
 def train(
@@ -149,6 +149,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
             "Run the same command again to go on",
             recorder.signal_number,
         )
+    take_back(model)
     used = state.global_step
     if recipe.evaluation.keep_best and state.best_global_step and state.best_global_step != state.global_step:
         used = state.best_global_step

@@ -7,7 +7,9 @@ AdamW, and a run goes on with any strategy and any number of processes. https://
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +20,93 @@ from abba_cli.adapter.layer import AbbaLayer
 from abba_cli.errors import RunError
 from abba_cli.processes import Crew
 from abba_cli.recipe import Recipe
-from abba_cli.sharding import is_partition, is_sharded, share_out
+from abba_cli.sharding import blocks, is_partition, is_sharded, share_out
 
-_BUCKET = 2**24  # elements that are reduced together; DeepSpeed's own 5e8 would be 2 GB on each device
+BUCKET = 2**24
+"""Elements that are reduced together; DeepSpeed's own 5e8 would be 2 GB on each device."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A model that DeepSpeed trains.
+
+    Attributes:
+        model: DeepSpeed's engine, which is called as the model is.
+        optimizer: The Trainer's AdamW, without state.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> float:
+        """Clip the gradients and make an optimizer step.
+
+        Returns:
+            The norm of the gradients before; nan where it is not finite, which DeepSpeed calls -1.
+        """
+        given = (group for group in self.optimizer.param_groups if group["params"])
+        for own, group in zip(self.model.optimizer.param_groups, given, strict=True):
+            own["lr"] = group["lr"]
+        self.model.step()
+        norm = float(self.model.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan
+
+    @contextmanager
+    def whole_state(self, keep: bool) -> Iterator[None]:
+        """Within this, entered by all processes, the Trainer's optimizer has the whole state in those that `keep` it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        count = next(iter(self.model.basic_optimizer.state.values()))["step"]
+        for parameter in _trained(self.optimizer):
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            if keep:
+                self.optimizer.state[parameter] = {"step": count.clone()} | {key: one.cpu() for key, one in moments.items()}
+        yield
+        self.optimizer.state.clear()
+
+    def hand_out_state(self) -> None:
+        """Bring the state that the Trainer's optimizer has read to where the shares are."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        zero, own = self.model.optimizer, self.model.basic_optimizer
+        third = is_sharded(self.model.module)
+        count = next(iter(self.optimizer.state.values()))["step"]
+        # There is a state to write into only after the first step; so it is made as that one would.
+        for flat in zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups:
+            own.state[flat] = {"step": count.clone()} | {key: torch.zeros_like(flat) for key in _MOMENTS}
+        if not third:
+            zero._lazy_init_hp_params_optimizer_state()
+        for parameter in _trained(self.optimizer):
+            for key in _MOMENTS:
+                safe_set_full_optimizer_state(parameter, self.optimizer.state[parameter][key], key)
+        self.optimizer.state.clear()
+
+
 def check_deepspeed(recipe: Recipe) -> None:
-    """Make sure that the strategy can be had.
+    """Make sure that DeepSpeed can train a recipe that asks for it.
 
     Raises:
-        RunError: DeepSpeed is asked for and not installed.
+        RunError: It is not installed, or cannot do what the recipe asks for.
     """
-    if recipe.distributed.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+    if recipe.distributed.strategy != "deepspeed":
+        return
+    if importlib.util.find_spec("deepspeed") is None:
         raise RunError(
             "distributed.strategy: deepspeed is not installed; pip install 'abba-cli[deepspeed]', or set it to fsdp or ddp"
         )
+    third = recipe.distributed.zero_stage == 3
+    refused = {
+        "training.optimizer: adamw_8bit": recipe.training.optimizer == "adamw_8bit",  # its state cannot be put together
+        "model.dtype: float16": recipe.model.dtype == "float16",  # would need DeepSpeed's own scaling of the loss
+        "adapter.dtype: bfloat16": recipe.adapter.dtype == "bfloat16",  # DeepSpeed would train float32 copies
+        # bitsandbytes holds on to each gathered weight until the backward pass, so that no memory would be saved.
+        "model.quantization: nf4 with zero_stage: 3": third and recipe.model.quantization == "nf4",
+        "data.packing with zero_stage: 3": third and recipe.data.packing,  # the model cannot be asked before training
+    }
+    for keys in (keys for keys, found in refused.items() if found):
+        raise RunError(f"distributed.strategy: deepspeed takes no {keys}; set one of them otherwise, or the strategy to fsdp")
 
 
 def configuration(recipe: Recipe) -> dict[str, Any]:
@@ -41,8 +114,8 @@ def configuration(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
     zero: dict[str, Any] = {
         "stage": recipe.distributed.zero_stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
     }
     if recipe.distributed.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -73,85 +146,63 @@ def partition(
     return share_out(whole, empty, crew, device, keep_share)
 
 
-def hand_over(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def hand_over(model: PeftModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Engine:
     """Give a model to DeepSpeed to train.
 
     Args:
         model: The model, on its device; `partition` made it for stage 3.
         optimizer: The Trainer's AdamW of it, which is only asked for its settings.
         settings: What `configuration` said.
-
-    Returns:
-        DeepSpeed's engine, which is called as the model is.
     """
     deepspeed = _deepspeed()
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups if group["params"]]
-    # In stage 3, parameters up to this size stay whole in every process: so the factors can be saved by one of them.
-    kept_whole = {"stage3_param_persistence_threshold": max(parameter.numel() for parameter in _trained(optimizer))}
-    settings = settings | {"zero_optimization": settings["zero_optimization"] | kept_whole}
+    factors = {
+        one: layer for layer in model.modules() if isinstance(layer, AbbaLayer) for one in layer.parameters() if one.requires_grad
+    }
+    if is_sharded(model):
+        settings = settings | {"zero_optimization": settings["zero_optimization"] | _gathering(model, list(factors))}
     engine, *_ = deepspeed.initialize(model=model, optimizer=type(optimizer)(groups), config=settings)  # type: ignore[call-arg]
     if is_sharded(model):
-        for layer in model.modules():
-            if isinstance(layer, AbbaLayer):
-                for factor in (one for one in layer.parameters() if one.requires_grad):
-                    deepspeed.zero.register_external_parameter(layer, factor)  # the modules that hold them are never called
-        factors = engine.optimizer.persistent_parameters
-        factors[0].all_gather(factors)
-    return engine
+        for factor, layer in factors.items():
+            deepspeed.zero.register_external_parameter(layer, factor)  # the modules that hold it are never called
+    return Engine(engine, optimizer)
 
 
-def is_engine(model: nn.Module) -> bool:
-    """Whether `hand_over` made it."""
-    return hasattr(model, "zero_optimization_stage")
+@contextmanager
+def whole_factors(model: nn.Module) -> Iterator[None]:
+    """Within this, entered by all processes, each of them can read all that is trained."""
+    shares = [parameter for parameter in model.parameters() if parameter.requires_grad and is_partition(parameter)]
+    if not shares:
+        yield
+        return
+    with _deepspeed().zero.GatheredParameters(shares):
+        yield
 
 
-def step(engine: Any, optimizer: torch.optim.Optimizer) -> float:
-    """Clip the gradients and make an optimizer step.
-
-    Returns:
-        The norm of the gradients before; nan where it is not finite, which DeepSpeed calls -1.
-    """
-    given = (group for group in optimizer.param_groups if group["params"])
-    for own, group in zip(engine.optimizer.param_groups, given, strict=True):
-        own["lr"] = group["lr"]
-    engine.step()
-    norm = float(engine.get_global_grad_norm())
-    return norm if norm >= 0 else math.nan
+def take_back(model: nn.Module) -> None:
+    """In all processes, make what is trained plain parameters again, when training has ended."""
+    with whole_factors(model):
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad and is_partition(parameter):
+                    module._parameters[key] = nn.Parameter(parameter.detach().cpu().clone())
 
 
-def gather_state(engine: Any, optimizer: torch.optim.Optimizer, keep: bool) -> None:
-    """In all processes, bring the whole state of the optimizer together.
-
-    Args:
-        engine: DeepSpeed's.
-        optimizer: The Trainer's, which gets the state.
-        keep: Whether this process wants it; the others only give their shares.
-    """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    count = next(iter(engine.basic_optimizer.state.values()))["step"]
-    for parameter in _trained(optimizer):
-        moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-        if keep:
-            optimizer.state[parameter] = {"step": count.clone()} | {key: one.cpu() for key, one in moments.items()}
+def _gathering(model: PeftModel, factors: list[nn.Parameter]) -> dict[str, int]:
+    """How much of a model is whole at one time in stage 3, in elements; DeepSpeed's own 1e9 would be 2 GB of bfloat16."""
+    largest = max(sum(_size(one) for one in block.parameters()) for block in blocks(model.get_base_model()))
+    return {
+        # Up to this size, parameters stay whole: each layer would have to ask for its factors again.
+        "stage3_param_persistence_threshold": max(factor.numel() for factor in factors),
+        "stage3_max_live_parameters": 2 * largest,
+        "stage3_prefetch_bucket_size": largest,
+        "stage3_max_reuse_distance": 0,
+    }
 
 
-def hand_out_state(engine: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Bring the state that the Trainer's optimizer has read to where the shares are."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    count = next(iter(optimizer.state.values()))["step"]
-    # DeepSpeed finds the state of a parameter only after the first step; so it is shown what that one would have made.
-    zero = engine.optimizer
-    for flat in zero.fp32_partitioned_groups_flat if is_sharded(engine.module) else zero.single_partition_of_fp32_groups:
-        moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
-        engine.basic_optimizer.state[flat] = {"step": count.clone(), **moments}
-    if not is_sharded(engine.module):
-        zero._lazy_init_hp_params_optimizer_state()
-    for parameter in _trained(optimizer):
-        for key in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, optimizer.state[parameter][key], key)
-    optimizer.state.clear()
+def _size(parameter: Any) -> int:
+    size: int = parameter.ds_numel if is_partition(parameter) else parameter.numel()
+    return size
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
