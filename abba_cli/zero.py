@@ -75,7 +75,7 @@ class Engine:
         count = next(iter(self.optimizer.state.values()))["step"]
         # There is a state to write into only after the first step; so it is made as that one would.
         for flat in zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups:
-            own.state[flat] = {"step": count.clone()} | {key: torch.zeros_like(flat) for key in _MOMENTS}
+            own.state[flat] = {"step": count.to(flat.device, copy=True)} | {key: torch.zeros_like(flat) for key in _MOMENTS}
         if not third:
             zero._lazy_init_hp_params_optimizer_state()
         for parameter in _trained(self.optimizer):

@@ -31,7 +31,7 @@ def placement(model: PeftModel) -> dict[str, Any]:
 
 
 def bytes_of_share(parameter: Any) -> tuple[int, int] | None:
-    """Bytes of a whole parameter and of the share of it that is here, beside what is gathered; None where it is not shared out."""
+    """Bytes of a whole parameter and of the share of it that is here, with what is gathered; None where it is not shared out."""
     if isinstance(parameter, DTensor):
         return parameter.nbytes, parameter.to_local().nbytes
     if hasattr(parameter, "ds_tensor"):

@@ -26,14 +26,14 @@ DDP, SECOND = "distributed.strategy=ddp", "distributed.strategy=deepspeed"
 THIRD = f"{SECOND};distributed.zero_stage=3"
 CONSTANT, HALF = "training.scheduler=constant", "training.max_steps=2"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-# What ZeRO 2 and ddp are asked for, and what ZeRO 3 and ddp are.
+# Runs that ZeRO 2 makes as ddp does; where gradients are accumulated or clipped, the sums are taken in another order.
+CLIPPED = "training.gradient_accumulation=2;training.max_grad_norm=1e-3"
 SAME = {
-    "float32": "training.gradient_accumulation=2",
     "nf4": "model.quantization=nf4;model.dtype=bfloat16;adapter.targets=[q_proj, down_proj];distributed.offload=true",
     "packed": "data.packing=true;training.gradient_checkpointing=true",
 }
 NEAR = {
-    "float32": "training.gradient_accumulation=2;evaluation.every_steps=1;evaluation.samples=1",
+    "float32": f"{CLIPPED};evaluation.every_steps=1;evaluation.samples=1",
     "trained head": "adapter.modules_to_save=[lm_head];training.gradient_checkpointing=true;distributed.offload=true",
 }
 
@@ -96,13 +96,14 @@ def recipe(recipe_file: RecipeFile, rows: Path) -> Path:
 
 @needs_deepspeed
 def test_zero_2_makes_the_run_of_ddp(recipe: Path, tmp_path: Path) -> None:
-    found = launch(recipe, tmp_path / "out", *pairs(SAME, SECOND))
+    found = launch(recipe, tmp_path / "out", *pairs(SAME | {"clipped": CLIPPED}, SECOND))
     for number in range(0, len(found), 2):
         one, other = (tmp_path / "out" / str(index) for index in (number, number + 1))
         assert_near(one, other)
-        assert apart(one, other) == 0
-        assert column(one, "loss") == column(other, "loss")
         assert found[number]["shares"] == 0
+        if number < 2 * len(SAME):
+            assert apart(one, other) == 0
+            assert column(one, "loss") == column(other, "loss")
 
 
 @needs_deepspeed
@@ -166,7 +167,7 @@ def test_what_deepspeed_cannot_do_is_refused(overrides: list[str], message: str,
 def test_contradictions_are_found_in_the_recipe(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="deepspeed takes no int8 base"):
         load_recipe(recipe, [SECOND, "model.quantization=int8"])
-    with pytest.raises(RecipeError, match="set distributed.strategy to deepspeed"):
+    with pytest.raises(RecipeError, match="zero_stage is DeepSpeed's"):
         load_recipe(recipe, ["distributed.zero_stage=3"])
 
 
