@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from abba_cli import RunDir, train
+from abba_cli import RunDir, preparation
 from abba_cli.errors import RecipeError, RunError
+from abba_cli.forecast.prediction import OPTIMIZER
 from abba_cli.recipe_file import load_recipe
 from abba_cli.zero import check_deepspeed
 
@@ -25,7 +26,9 @@ STEPS = 4
 DDP, SECOND = "distributed.strategy=ddp", "distributed.strategy=deepspeed"
 THIRD = f"{SECOND};distributed.zero_stage=3"
 CONSTANT, HALF = "training.scheduler=constant", "training.max_steps=2"
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+# In a folder of its own: where it is installed, accelerate imports it into every process, and it prints as it comes.
+FOLDER = Path(sys.prefix) / "deepspeed"
+needs_deepspeed = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"DeepSpeed is not in {FOLDER}")
 # Runs that ZeRO 2 makes as ddp does; where gradients are accumulated or clipped, the sums are taken in another order.
 CLIPPED = "training.gradient_accumulation=2;training.max_grad_norm=1e-3"
 SAME = {
@@ -38,13 +41,14 @@ NEAR = {
 }
 
 
-def launch(recipe: Path, out: Path, *runs: str) -> list[dict[str, Any]]:
-    """Make the runs in two processes, and return what rank 0 found in each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+def launch(recipe: Path, out: Path, *runs: str, processes: int = 2) -> list[dict[str, Any]]:
+    """Make the runs in several processes, or in one, and return what rank 0 found in each."""
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(FOLDER)]))
     out.mkdir(exist_ok=True)
     done = subprocess.run(
-        [*command, str(recipe), str(out), *runs],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, *together, str(SCRIPT), str(recipe), str(out), *runs],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
@@ -126,14 +130,14 @@ def test_a_run_goes_on_with_deepspeed_and_without(recipe: Path, tmp_path: Path) 
     out, other = tmp_path / "out", tmp_path / "others"
     starts = [DDP, f"{SECOND};{HALF}", f"{THIRD};{HALF}", f"{DDP};{HALF}", f"{DDP};{HALF}"]
     launch(recipe, out, *(f"{start};{CONSTANT}" for start in starts))
-    shutil.copytree(out / "1", tmp_path / "alone")
+    shutil.copytree(out / "1", tmp_path / "alone" / "0")
     for number in range(4):
         shutil.copytree(out / str(number + 1), other / str(number))
     launch(recipe, other, *(f"{end};{CONSTANT}" for end in (THIRD, DDP, SECOND, THIRD)))
     for number in range(4):
         assert_near_end(other / str(number), out / "0")
-    train(recipe, [SECOND, CONSTANT, f"output={tmp_path / 'alone'}"])  # alone, there is nothing to share out
-    assert_near_end(tmp_path / "alone", out / "0")
+    launch(recipe, tmp_path / "alone", f"{SECOND};{CONSTANT}", processes=1)  # there is nothing to share out
+    assert_near_end(tmp_path / "alone" / "0", out / "0")
 
 
 def assert_near_end(one: Path, undisturbed: Path) -> None:
@@ -148,7 +152,6 @@ def assert_near_end(one: Path, undisturbed: Path) -> None:
             torch.testing.assert_close(states[0]["state"][index][key], tensor, rtol=1e-3, atol=1e-7)
 
 
-@needs_deepspeed
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -159,9 +162,27 @@ def assert_near_end(one: Path, undisturbed: Path) -> None:
         (["distributed.zero_stage=3", "data.packing=true"], "takes no data.packing with zero_stage: 3"),
     ],
 )
-def test_what_deepspeed_cannot_do_is_refused(overrides: list[str], message: str, recipe: Path) -> None:
+def test_what_deepspeed_cannot_do_is_refused(
+    overrides: list[str], message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(RunError, match=message):
-        train(recipe, [SECOND, *overrides])
+        check_deepspeed(load_recipe(recipe, [SECOND, *overrides]))
+
+
+def test_the_forecast_knows_the_shares(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "check_deepspeed", lambda recipe: None)  # a forecast needs none
+    whole, second, third = (
+        preparation.prepare(load_recipe(recipe, ["training.gradient_accumulation=2", *strategy.split(";")]), processes=4).plan
+        for strategy in (DDP, SECOND, THIRD)
+    )
+    copy = 4 * whole.trainable  # DeepSpeed's own, in float32
+    ddp, two, three = (plan.memory.uses for plan in (whole, second, third))
+    assert two[OPTIMIZER] == three[OPTIMIZER] == pytest.approx((ddp[OPTIMIZER] + copy) / 4, abs=1)
+    assert two["gradients"] == pytest.approx(ddp["gradients"] / 4, abs=1)
+    assert two["base weights"] == ddp["base weights"]
+    assert three["share of the base"] == pytest.approx(ddp["base weights"] / 4, rel=0.01)
+    assert [plan.sharded for plan in (whole, second, third)] == [False, False, True]
 
 
 def test_contradictions_are_found_in_the_recipe(recipe: Path) -> None:
@@ -173,6 +194,6 @@ def test_contradictions_are_found_in_the_recipe(recipe: Path) -> None:
 
 def test_deepspeed_has_to_be_installed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_deepspeed(load_recipe(recipe, [DDP]))
     with pytest.raises(RunError, match=r"pip install 'abba-cli\[deepspeed\]'"):
         check_deepspeed(load_recipe(recipe, [SECOND]))
-    check_deepspeed(load_recipe(recipe, [DDP]))
