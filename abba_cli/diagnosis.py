@@ -25,6 +25,7 @@ _PURPOSES = {
     "gguf": "GGUF bases, GGUF exports",
     "harness": "abba eval --protocol harness",
     "vllm": "abba eval --backend vllm",
+    "deepspeed": "distributed.strategy: deepspeed",
     "tensorboard": "logging.logger: tensorboard",
     "wandb": "logging.logger: wandb",
     "trackio": "logging.logger: trackio",

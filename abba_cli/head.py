@@ -103,8 +103,9 @@ def head_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     # The forecast rehearses a GPU's step on tensors that pretend to be on the CPU.
     forecast_of_gpu = isinstance(hidden, FakeTensor) and torch.cuda.is_available()
     logits, fewest = _CHUNK["cpu" if hidden.device.type == "cpu" and not forecast_of_gpu else "other"]
-    chunk = max(fewest, logits // len(head.linear.weight))
-    losses: Tensor = _HeadLosses.apply(hidden, targets, head.linear.weight, head.linear.bias, head.cap, chunk)  # type: ignore[no-untyped-call]
+    with _whole(head.linear):
+        chunk = max(fewest, logits // len(head.linear.weight))
+        losses: Tensor = _HeadLosses.apply(hidden, targets, head.linear.weight, head.linear.bias, head.cap, chunk)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -166,7 +167,8 @@ def _agrees(model: PreTrainedModel | PeftModel, head: Head) -> bool:
         hidden = model(input_ids=ids, use_cache=False).logits
     if hidden.shape[-1] != head.linear.in_features:
         return False
-    z = functional.linear(hidden.to(head.linear.weight.dtype), head.linear.weight, head.linear.bias)
+    with _whole(head.linear):
+        z = functional.linear(hidden.to(head.linear.weight.dtype), head.linear.weight, head.linear.bias)
     gain = 100 / z.float().std()
     with _answering(head.linear, lambda hidden: gain * functional.linear(hidden, head.linear.weight, head.linear.bias)):
         found = model(input_ids=ids, use_cache=False).logits.float()
@@ -175,6 +177,16 @@ def _agrees(model: PreTrainedModel | PeftModel, head: Head) -> bool:
         expected = head.cap * torch.tanh(expected / head.cap)
     margin = min(0.02, 100 * torch.finfo(head.linear.weight.dtype).eps)
     return bool((found - expected).abs().max() <= margin * expected.abs().max())
+
+
+def _whole(linear: nn.Linear) -> contextlib.AbstractContextManager[Any]:
+    """Within this, the layer's weight is there; DeepSpeed's ZeRO 3 lets go of it when the model's forward pass has ended."""
+    if not hasattr(linear.weight, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(linear.parameters()))
+    return gathered
 
 
 @contextlib.contextmanager

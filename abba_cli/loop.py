@@ -1,5 +1,6 @@
 """The training loop: transformers' Trainer with the recipe's settings, our loss, and nothing beside the step that takes time."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -31,6 +32,7 @@ from abba_cli.processes import PATIENCE
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir
 from abba_cli.sharding import is_sharded, put_away, replicate
+from abba_cli.zero import Engine, hand_over, whole_factors
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -95,7 +97,11 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        accelerator_config={"non_blocking": cuda},
+        accelerator_config={
+            "non_blocking": cuda,
+            # DeepSpeed shares the gradients out after each pass, and takes no_sync for a mistake.
+            "gradient_accumulation_kwargs": {"sync_each_batch": recipe.distributed.strategy == "deepspeed"},
+        },
         ddp_find_unused_parameters=False,
         ddp_timeout=int(PATIENCE.total_seconds()),
         # Without being told, accelerate takes a process group on a machine without accelerator for a single process.
@@ -113,15 +119,19 @@ class AbbaTrainer(Trainer):
     Args:
         model: The model with its adapter.
         group_by_length: Put rows of like length into one batch.
+        zero: DeepSpeed's settings, where it trains the model.
         kwargs: Whatever else Trainer takes.
     """
 
-    def __init__(self, *, model: PeftModel, group_by_length: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, model: PeftModel, group_by_length: bool = False, zero: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)  # only the `ui` rooms print
         # A compiled forward pass has its head compiled in.
-        self._head = None if self.args.torch_compile else separable_head(model)
-        self._group_by_length = group_by_length
+        self._head = None if self.args.torch_compile or (zero is not None and is_sharded(model)) else separable_head(model)
+        self._group_by_length, self._zero = group_by_length, zero
+        self._engine: Engine | None = None
         self._tokens = self._tokens_logged = 0
         # Upstream then counts the supervised tokens of a step, and leaves the loss as we return it.
         self.model_accepts_loss_kwargs = True
@@ -186,14 +196,41 @@ class AbbaTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Wrap a sharded model ourselves: accelerate takes shards and DistributedDataParallel for a contradiction."""
+        if training and self._zero is not None:
+            assert isinstance(model, PeftModel)
+            assert self.optimizer is not None
+            self._engine = hand_over(model, self.optimizer, self._zero)
+            if is_sharded(model):
+                self._head = separable_head(model)  # before, nothing could be asked of it
+            wrapped: nn.Module = self._engine.model
+            return wrapped
         if training and isinstance(model, PeftModel) and is_sharded(model):
             return replicate(model, self.args.device)
         return super()._wrap_model(model, training, dataloader)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return None if self._engine else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm. DeepSpeed clips within its step, so that it is made here, and leaves the Trainer's no gradient."""
+        if self._engine:
+            return self._engine.step()
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._engine.whole_state(self.args.should_save) if self._engine else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._engine:
+            self._engine.hand_out_state()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert isinstance(self.model, nn.Module)
         put_away(self.model)
-        super()._save_checkpoint(model, trial)
+        with whole_factors(self.model):
+            super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
         """Return upstream's sampler, or ours: upstream's grouping sorts the batches too, and knows neither seed nor epoch."""

@@ -92,7 +92,7 @@ def make_plan(
         trainable=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         total=sum(parameter.numel() for parameter in adapted.parameters()),
         processes=processes,
-        sharded=recipe.distributed.strategy == "fsdp" and processes > 1,
+        sharded=recipe.distributed.shares_base and processes > 1,
         steps=steps,
         rows_per_step=recipe.training.batch_size * recipe.training.gradient_accumulation * processes,
         tokens_per_step=memory.tokens * recipe.training.gradient_accumulation,

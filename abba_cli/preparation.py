@@ -15,6 +15,7 @@ from abba_cli.plan import Plan, check_length, make_plan, with_strategy
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, checkpoint_step, open_run
+from abba_cli.zero import check_deepspeed
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def prepare(
     listen(Stage("Reading the model's configuration"))
     loading.check_quantization(recipe.model)
     check_logger(recipe)
+    check_deepspeed(recipe)
     base = bases.find_base(recipe.model)
     if base.gguf_file and read_weights:
         listen(Stage(f"Dequantising {base.gguf_file} (once)"))

@@ -230,19 +230,31 @@ class CheckpointsSection(Section):
 class DistributedSection(Section):
     """How several processes share the work; nothing of it matters to one."""
 
-    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
         "auto",
         description="ddp: each device holds the whole base. fsdp: each holds a share of it and gathers one block at a time "
-        "(FSDP2). auto: ddp where the forecast fits into the devices' memory, else fsdp.",
+        "(FSDP2). deepspeed: see zero_stage. auto: ddp where the forecast fits into the devices' memory, else fsdp.",
+    )
+    zero_stage: Literal[2, 3] = Field(
+        2,
+        description="With deepspeed. 2: the factors' gradients and the optimizer's state are shared out. 3: the base as well.",
     )
     offload: bool = Field(
-        False, description="With fsdp: keep the shares in the memory of the CPU, and bring a block to the device when needed."
+        False,
+        description="With fsdp and deepspeed: keep the shares in the memory of the CPU; what is needed comes to the device.",
     )
 
+    @property
+    def shares_base(self) -> bool:
+        """Whether several processes have a share of the base each."""
+        return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.zero_stage == 3)
+
     @model_validator(mode="after")
-    def _offload_needs_shares(self) -> "DistributedSection":
-        if self.offload and self.strategy != "fsdp":
-            raise ValueError("offload needs shares of the base to keep: set distributed.strategy to fsdp")
+    def _keys_need_strategy(self) -> "DistributedSection":
+        if self.offload and self.strategy not in ("fsdp", "deepspeed"):
+            raise ValueError("offload needs shares to keep: set distributed.strategy to fsdp")
+        if self.zero_stage == 3 and self.strategy != "deepspeed":
+            raise ValueError("zero_stage is DeepSpeed's: set distributed.strategy to deepspeed")
         return self
 
 
@@ -277,11 +289,12 @@ class Recipe(Section):
                 raise ValueError(f"evaluation.{asked[0]} needs held-out rows: add data.eval")
         if self.data.packing and self.training.group_by_length:
             raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
-        if self.distributed.strategy == "fsdp":
+        strategy = self.distributed.strategy
+        if strategy in ("fsdp", "deepspeed"):
             if self.model.quantization == "int8":
-                raise ValueError("distributed.strategy: fsdp takes no int8 base: set model.quantization to nf4 or none")
+                raise ValueError(f"distributed.strategy: {strategy} takes no int8 base: set model.quantization to nf4 or none")
             if self.training.compile:
-                raise ValueError("training.compile does not go with distributed.strategy: fsdp; set one of them otherwise")
+                raise ValueError(f"training.compile does not go with distributed.strategy: {strategy}; set one of them otherwise")
         if self.evaluation.patience is not None and self.evaluation.every_steps is None:
             raise ValueError("evaluation.patience counts evaluations: set evaluation.every_steps")
         return self

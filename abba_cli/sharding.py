@@ -38,14 +38,42 @@ class _Sent:
 def shard(
     whole: Callable[[], PeftModel], empty: Callable[[], PeftModel], crew: Crew, device: torch.device, offload: bool
 ) -> PeftModel:
-    """Build the adapted model with its base shared out.
+    """Build the adapted model with its base shared out; all but `offload` as of `share_out`.
+
+    Args:
+        whole: Makes the model.
+        empty: Makes it without weights.
+        crew: The processes.
+        device: This one's.
+        offload: Keep the shares in the memory of the CPU, and bring a block to the device when its turn comes.
+    """
+    mesh = init_device_mesh(device.type, (crew.count,))
+    policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
+
+    def keep_share(unit: nn.Module, trained: set[nn.Parameter]) -> None:
+        fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=trained)
+
+    adapted = share_out(whole, empty, crew, device, keep_share)
+    register_fsdp_forward_method(adapted, "generate")
+    return adapted
+
+
+def share_out(
+    whole: Callable[[], PeftModel],
+    empty: Callable[[], PeftModel],
+    crew: Crew,
+    device: torch.device,
+    keep_share: Callable[[nn.Module, set[nn.Parameter]], None],
+) -> PeftModel:
+    """Build the adapted model, of whose base each process has a share.
 
     Args:
         whole: Makes the model with its weights and started factors, on the CPU; called in the main process.
         empty: Makes the same modules without weights; called in the others.
         crew: The processes.
         device: This one's.
-        offload: Keep the shares in the memory of the CPU, and bring a block to the device when its turn comes.
+        keep_share: Called with each block, then with the model, whole on the device, and with the trained parameters: has to
+            leave a share of what it gets, without those that are trained.
 
     Raises:
         ModelError: What `whole` raised, or the model does not name its blocks.
@@ -63,19 +91,15 @@ def shard(
     vars(base).pop("hf_device_map", None)  # it tells where the whole model was
     if not crew.is_main:
         base.generation_config = GenerationConfig.from_dict(generation)  # samples are answered by all processes together
-    mesh = init_device_mesh(device.type, (crew.count,))
-    policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     courier = _Courier(described, device, crew.is_main)
     courier.bring(adapted, lambda parameter: parameter.requires_grad)
     _bring_buffers(adapted, device)
     for unit in [*blocks(base), adapted]:
         courier.bring(unit, lambda parameter: not parameter.requires_grad)
-        trained = {parameter for parameter in adapted.parameters() if parameter.requires_grad}
-        fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=trained)
+        keep_share(unit, {parameter for parameter in adapted.parameters() if parameter.requires_grad})
     for module in adapted.modules():
         if isinstance(module, AbbaLinear):
             module.keeps_weight = False  # a whole base in each process is what sharding is to avoid
-    register_fsdp_forward_method(adapted, "generate")
     return adapted
 
 
@@ -96,8 +120,13 @@ def blocks(base: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` made the model."""
-    return isinstance(model, FSDPModule)
+    """Whether each process has a share of the model only."""
+    return isinstance(model, FSDPModule) or any(is_partition(parameter) for parameter in model.parameters())
+
+
+def is_partition(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO 3 has shared the parameter out."""
+    return hasattr(parameter, "ds_id")
 
 
 def put_away(model: nn.Module) -> None:
@@ -155,7 +184,7 @@ class _Courier:
         if not self._names:
             self._names = {module: name for name, module in unit.named_modules()}
         for module, key, parameter in list(_places(unit)):
-            if isinstance(parameter, DTensor) or not wanted(parameter):
+            if isinstance(parameter, DTensor) or is_partition(parameter) or not wanted(parameter):
                 continue
             before = id(parameter)
             if before not in self._brought:

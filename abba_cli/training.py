@@ -32,6 +32,7 @@ from abba_cli.sampling import Sampler
 from abba_cli.sealing import is_complete
 from abba_cli.sharding import put_away, shard
 from abba_cli.states import state_errors
+from abba_cli.zero import configuration, partition, take_back
 
 
 def train(
@@ -110,7 +111,10 @@ def _adapted_model(ready: Preparation, listen: Listener) -> PeftModel:
 
     if not ready.plan.sharded:
         return whole()
-    return shard(lambda: whole(torch.device("cpu")), empty, join_crew(), join_processes().device, recipe.distributed.offload)
+    crew, device = join_crew(), join_processes().device
+    if recipe.distributed.strategy == "deepspeed":
+        return partition(lambda: whole(torch.device("cpu")), empty, crew, device, configuration(recipe))
+    return shard(lambda: whole(torch.device("cpu")), empty, crew, device, recipe.distributed.offload)
 
 
 def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
@@ -135,6 +139,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
         data_collator=SupervisedBatches(collate, keeps_logits(model.get_base_model())),
         callbacks=[Sampler(recipe, run, ready.tokenizer, data, listen), recorder, *extra_callbacks(recipe)],
         group_by_length=recipe.training.group_by_length,
+        zero=configuration(recipe) if recipe.distributed.strategy == "deepspeed" and join_crew().count > 1 else None,
     )
     listen(Started(first, steps, ready.checkpoint))
     if first < steps and not _stopped_early(recipe, ready.checkpoint):
@@ -151,6 +156,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
             "Run the same command again to go on",
             recorder.signal_number,
         )
+    take_back(model)
     used = state.global_step
     if recipe.evaluation.keep_best and state.best_global_step and state.best_global_step != state.global_step:
         used = state.best_global_step

@@ -20,16 +20,25 @@ from abba_cli.processes import join_crew
 
 def placement(model: PeftModel) -> dict[str, Any]:
     """What is shared out, and how many bytes this process holds of it."""
-    frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
-    trained = [one for one in model.parameters() if one.requires_grad]
-    shares = [one for one in frozen.values() if isinstance(one, DTensor)]
+    frozen = [one for one in model.parameters() if not one.requires_grad]
+    shares = [sizes for sizes in map(bytes_of_share, frozen) if sizes is not None]
     return {
         "frozen": len(frozen),
         "shares": len(shares),
-        "trained_whole": all(not isinstance(one, DTensor) for one in trained),
-        "bytes": sum(one.nbytes for one in shares),
-        "bytes_here": sum(one.to_local().nbytes for one in shares),
+        "trained_whole": all(bytes_of_share(one) is None for one in model.parameters() if one.requires_grad),
+        "bytes": sum(whole for whole, _ in shares),
+        "bytes_here": sum(here for _, here in shares),
     }
+
+
+def bytes_of_share(parameter: Any) -> tuple[int, int] | None:
+    """Bytes of a whole parameter and of the share of it that is here, with what is gathered; None where it is not shared out."""
+    if isinstance(parameter, DTensor):
+        return parameter.nbytes, parameter.to_local().nbytes
+    if hasattr(parameter, "ds_tensor"):
+        share = parameter.ds_tensor
+        return parameter.ds_numel * share.itemsize, share.nbytes + parameter.nbytes
+    return None
 
 
 def main(recipe: str, out: str, *runs: str) -> None:

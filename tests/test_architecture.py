@@ -57,6 +57,7 @@ ORDER = [
     "abba_cli.head",
     "abba_cli.loss",
     "abba_cli.sharding",
+    "abba_cli.zero",
     "abba_cli.forecast",
     "abba_cli.forecast.budget",
     "abba_cli.forecast.tracker",

@@ -15,6 +15,7 @@ from abba_cli.forecast.tracker import GRADIENTS
 from abba_cli.loss import keeps_logits
 from abba_cli.recipe import Recipe
 from abba_cli.sharding import blocks
+from abba_cli.zero import BUCKET
 
 # Resident memory of a process that has imported torch, transformers, peft and datasets (measured, CPU build); a CUDA context
 # takes about as much on its device.
@@ -64,7 +65,10 @@ def forecast(recipe: Recipe, skeleton: PeftModel, rows: HeavyRows, processes: in
         step = rehearse(recipe, skeleton, batch, whole)
     except RuntimeError as error:  # what every refusal of fake tensors is: code that looks at values, or reaches past PyTorch
         return result(uses, largest_temporary=0, gap=" ".join(str(error).split())[:200])
-    gradients = sum(_trained_bytes(recipe, skeleton))
+    by_deepspeed = recipe.distributed.strategy == "deepspeed" and processes > 1
+    gradients = math.ceil(sum(_trained_bytes(recipe, skeleton)) / (processes if by_deepspeed else 1))
+    if by_deepspeed:  # each bucket of gradients is shared out before the next one is full
+        step.peak[GRADIENTS] = min(step.peak.get(GRADIENTS, 0), gradients)
     # All gradients are there at the end of a step, and only then when each step has one backward pass.
     ending = 0 if recipe.training.gradient_accumulation > 1 else gradients
     if recipe.training.gradient_accumulation > 1:
@@ -77,7 +81,12 @@ def _standing(recipe: Recipe, skeleton: PeftModel, processes: int) -> dict[str, 
     """Bytes by use that lie on the device from the first step to the last."""
     trained = sum(_trained_bytes(recipe, skeleton))
     standing = {**_base(recipe, skeleton, processes), "trained weights": trained, OPTIMIZER: _state(recipe, skeleton)}
-    if processes > 1:
+    if recipe.distributed.strategy == "deepspeed" and processes > 1:
+        elsewhere = recipe.distributed.offload and torch.cuda.is_available()
+        # Beside the state, DeepSpeed has its own copy of what is trained, in shares.
+        standing[OPTIMIZER] = 0 if elsewhere else math.ceil((standing[OPTIMIZER] + trained) / processes)
+        standing["buckets of gradients"] = 4 * BUCKET
+    elif processes > 1:
         standing["buckets of gradients"] = trained  # DistributedDataParallel sends copies
     return standing
 
@@ -85,7 +94,7 @@ def _standing(recipe: Recipe, skeleton: PeftModel, processes: int) -> dict[str, 
 def _base(recipe: Recipe, skeleton: PeftModel, processes: int) -> dict[str, int]:
     """The base on each device: whole, or a share of it and the blocks that are gathered at one time."""
     shared, kept = _frozen_bytes(recipe, skeleton, skeleton)
-    if recipe.distributed.strategy != "fsdp" or processes == 1:
+    if not recipe.distributed.shares_base or processes == 1:
         return {"base weights": shared + kept}
     each = [_frozen_bytes(recipe, skeleton, block)[0] for block in blocks(skeleton.get_base_model())]
     # FSDP fetches the next block while one is at work, and keeps what stands outside of the blocks from forward to backward.

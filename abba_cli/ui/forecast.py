@@ -29,7 +29,7 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
     share, memory = plan.trainable / plan.total, plan.memory
     about = "more than" if memory.gap else "about"
     shared = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
-    shared += ", which share the base out (FSDP2)" if plan.sharded else ""
+    shared += ", which share the base out" if plan.sharded else ""
     console.print(
         f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained "
         f"({share:.2%})\n"
