@@ -61,7 +61,7 @@ test-slow: $(VENV)/.installed-dev
 test-all: test test-slow
 
 faults: $(VENV)/.installed-dev
-	ABBA_FAULTS=30 $(BIN)/python -m pytest tests/faults
+	ABBA_FAULTS=30 $(BIN)/python -m pytest tests/faults tests/test_several_processes.py
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/soak.py
