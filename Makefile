@@ -69,7 +69,7 @@ soak: $(VENV)/.installed-dev
 # The same tests as in `make test`, with sixteen and a half times their cases.
 fuzz: $(VENV)/.installed-dev
 	mkdir -p out
-	ABBA_FUZZ=16.5 ABBA_FUZZ_COUNTS=$(CURDIR)/out/fuzz.json $(BIN)/python -m pytest \
+	ABBA_FUZZ=16.5 ABBA_FUZZ_COUNTS=$(CURDIR)/out/fuzz.json $(BIN)/python -m pytest -o faulthandler_timeout=0 \
 		tests/test_fuzz.py tests/test_fuzz_models.py tests/evaluation/test_fuzz_results.py
 
 # In a venv of its own, so that it audits what we install and not itself. No copyleft beyond single files (MPL) and libraries (LGPL).
