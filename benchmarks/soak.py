@@ -71,7 +71,7 @@ def soaked(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     undisturbed = time.monotonic() - began
     print(f"undisturbed: {undisturbed:.0f} s", flush=True)
     began = time.monotonic()
-    kills = killed(options, broken, overrides)
+    kills = killed(options, broken, overrides, steps, step)
     finish(options.recipe, broken, overrides)
     seconds = time.monotonic() - began
     outcome = broken.provenance()["outcome"]
@@ -95,26 +95,34 @@ def soaked(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def killed(options: argparse.Namespace, run: RunDir, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Kill a run at random moments, each time after a start of its own."""
-    moments, between = random.Random(options.seed), 60 * options.minutes / (options.kills + 1)
+def killed(options: argparse.Namespace, run: RunDir, overrides: Sequence[str], steps: int, step: float) -> list[dict[str, Any]]:
+    """Kill a run at random moments, each time after a start of its own.
+
+    A moment is a random part of a step after a random step: drawn by the clock, the last ones might come too late on a machine
+    that has become faster.
+    """
+    moments = random.Random(options.seed)
     kills: list[dict[str, Any]] = []
-    while len(kills) < options.kills:
+    for after in sorted(moments.sample(range(1, steps - 1), options.kills)):
         process = train(options.recipe, run, overrides)
-        try:
-            process.wait(moments.uniform(0.1, 1.9) * between)
-            print(f"it ended after {len(kills)} kills, before the next one came", flush=True)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        found = [row["step"] for row in run.metrics()]
+        while _last_step(run) < after:
+            if process.poll() is not None:
+                sys.exit(f"abba train ended with {process.returncode} after step {_last_step(run)}")
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, step))
+        process.kill()
+        process.wait()
         complete = run.complete_checkpoints()
         kept = int(complete[-1].name.rpartition("-")[2]) if complete else 0
         folders = len(list(run.checkpoints.glob("checkpoint-*")))
-        kills.append({"steps_lost": max(found, default=0) - kept, "inside_a_checkpoint": folders > len(complete)})
-        print(f"kill {len(kills)}: at step {max(found, default=0)}, goes on after step {kept}", flush=True)
+        reached = _last_step(run)
+        kills.append({"steps_lost": reached - kept, "inside_a_checkpoint": folders > len(complete)})
+        print(f"kill {len(kills)}: at step {reached}, goes on after step {kept}", flush=True)
     return kills
+
+
+def _last_step(run: RunDir) -> int:
+    return max((row["step"] for row in run.metrics()), default=0)
 
 
 def train(recipe: str, run: RunDir, overrides: Sequence[str]) -> "subprocess.Popen[bytes]":
