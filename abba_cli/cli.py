@@ -16,7 +16,8 @@ from abba_cli.commands.importing import import_
 from abba_cli.commands.merge import merge
 from abba_cli.commands.push import push
 from abba_cli.commands.train import train
-from abba_cli.errors import AbbaError, TrainingInterrupted
+from abba_cli.errors import AbbaError, LostContact, TrainingInterrupted
+from abba_cli.launching import LAUNCHED
 
 app = typer.Typer(
     name="abba",
@@ -73,8 +74,22 @@ def main() -> None:
         number = int(os.environ.get("RANK", "0"))
         if error.shared and number > 0:
             sys.exit(0)  # the main process says it, and fails; had this one failed first, it might be ended before it can
+        if isinstance(error, LostContact) and LAUNCHED in os.environ:
+            sys.exit(1)  # the launcher says which process it was
         if isinstance(error, TrainingInterrupted):
             typer.echo(str(error), err=True)
             sys.exit(128 + error.signal_number)
         typer.echo(f"abba: {f'process {number}: ' if number else ''}{error}", err=True)
         sys.exit(1)
+    except ImportError as error:
+        if not _was_interrupted(error):
+            raise
+        typer.echo("abba: interrupted while it was starting; nothing was done", err=True)
+        sys.exit(130)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error stands for Ctrl-C: transformers makes one of its own of whatever comes while it imports a module."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -15,6 +15,7 @@ from abba_cli.plan import Plan, check_length, make_plan, with_strategy
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, checkpoint_step, open_run
+from abba_cli.sealing import is_sealed
 from abba_cli.zero import check_deepspeed
 
 
@@ -67,6 +68,8 @@ def prepare(
         AbbaError: Whatever does not fit.
     """
     run, checkpoint = open_run(recipe, restart)
+    for damaged in [] if checkpoint is None else _passed_over(run, checkpoint):
+        listen(Stage(f"Passing over {damaged.name}: its files are not those of its manifest.json; going on before it"))
     listen(Stage("Reading the model's configuration"))
     loading.check_quantization(recipe.model)
     check_logger(recipe)
@@ -107,6 +110,12 @@ def prepare(
     plan = make_plan(recipe, skeleton, data.train, steps, processes, budget)
     listen(Planned(plan))
     return Preparation(run, recipe, checkpoint, base, config, tokenizer, data, plan)
+
+
+def _passed_over(run: RunDir, checkpoint: Path) -> list[Path]:
+    """Checkpoints that were finished once after the one that a run goes on from: they would be taken if they were whole."""
+    finished = [path for path in run.checkpoints.glob("checkpoint-*") if is_sealed(path)]
+    return [path for path in finished if checkpoint_step(path) > checkpoint_step(checkpoint)]
 
 
 def _check_same_data(run: RunDir, data: PreparedData) -> None:

@@ -19,6 +19,9 @@ from abba_cli.recipe import Recipe
 from abba_cli.rundir import RunDir, remove_old_checkpoints
 from abba_cli.sealing import seal_checkpoint
 
+IMPATIENCE_SECONDS = 1.0
+"""After a first signal; a sooner one is an echo of it: Linux tells of a launcher's death once for each of its threads."""
+
 
 class Recorder(TrainerCallback):
     """Writes metrics, seals and thins checkpoints, reports progress, and stops at signals and at losses that are no number."""
@@ -27,6 +30,7 @@ class Recorder(TrainerCallback):
         self.recipe, self.run, self.crew, self.listen = recipe, run, crew, listen
         self.signal_number: int | None = None
         self.saving_seconds = 0.0
+        self._asked: float | None = None  # when this process got a signal; of those of others it hears through signal_number
         self._clock = (time.perf_counter(), 0)
         self._began = time.perf_counter()
         self._before_saving = time.perf_counter()
@@ -124,8 +128,7 @@ class Recorder(TrainerCallback):
         with disk_errors(self.run.path):
             self.run.sync_logs()
             seal_checkpoint(checkpoint)
-            best = self.run.checkpoints / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-            remove_old_checkpoints(self.run, self.recipe.checkpoints.keep, best if self.recipe.evaluation.keep_best else None)
+        self.thin(state)
         self.listen(Saved(state.global_step, checkpoint))
         # Trainer begins to save when the step is logged, and evaluated where it is.
         self.saving_seconds += time.perf_counter() - self._before_saving
@@ -136,6 +139,12 @@ class Recorder(TrainerCallback):
         self.signal_number = self.crew.largest(self.signal_number or 0) or None
         if self.signal_number is not None:
             control.should_save = control.should_training_stop = True
+
+    def thin(self, state: TrainerState) -> None:
+        """Remove the checkpoints that the recipe does not keep."""
+        best = self.run.checkpoints / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+        with disk_errors(self.run.path):
+            remove_old_checkpoints(self.run, self.recipe.checkpoints.keep, best if self.recipe.evaluation.keep_best else None)
 
     def _divergence(self, name: str, value: float, step: int) -> str:
         checkpoints = self.run.complete_checkpoints()
@@ -157,10 +166,13 @@ class Recorder(TrainerCallback):
         """Within this, SIGINT and SIGTERM end training after the current step and a checkpoint; a second one ends it at once."""
 
         def receive(number: int, frame: Any) -> None:
-            if self.signal_number is not None:
+            now = time.monotonic()
+            if self._asked is not None and now - self._asked > IMPATIENCE_SECONDS:
                 raise TrainingInterrupted("ended at once; run the same command again to go on from the last checkpoint", number)
-            self.signal_number = number
-            self.listen(Stopping())
+            self._asked = self._asked or now
+            if self.signal_number is None:
+                self.signal_number = number
+                self.listen(Stopping())
 
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread alone

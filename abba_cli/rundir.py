@@ -229,6 +229,17 @@ def remove_old_checkpoints(run: RunDir, keep: int, best: Path | None) -> None:
     sync(run.checkpoints)
 
 
+def check_free(run: RunDir) -> None:
+    """Find out before anything is loaded what `locked` will say afterwards.
+
+    Raises:
+        RunError: Another process is training in the folder.
+    """
+    if run.path.exists():
+        with locked(run):
+            pass
+
+
 @contextmanager
 def locked(run: RunDir) -> Iterator[None]:
     """Create the folder and keep other processes from training in it; the lock dies with the process.

@@ -27,7 +27,7 @@ from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenan
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
 from abba_cli.recorder import Recorder
-from abba_cli.rundir import RunDir, check_still_newest, checkpoint_step, locked, write_recipe
+from abba_cli.rundir import RunDir, check_free, check_still_newest, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
 from abba_cli.sealing import is_complete
 from abba_cli.sharding import put_away, shard
@@ -71,6 +71,7 @@ def train(
         listen(Finished(path=run.path, already=True, outcome=Outcome(**run.provenance()["outcome"])))
         return run
 
+    crew.from_main(lambda: check_free(run))
     listen(Stage("Loading the base model"))
     set_seed(recipe.training.seed)
     with memory_errors(run, recipe, ready.plan.memory):
@@ -150,6 +151,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
         # Ended between the last checkpoint and the finished run: only the end is missing.
         assert ready.checkpoint is not None
         state = TrainerState.load_from_json(str(ready.checkpoint / "trainer_state.json"))
+        join_crew().from_main(lambda: recorder.thin(state))
     if recorder.signal_number is not None and state.global_step < steps:
         raise TrainingInterrupted(
             f"stopped after step {state.global_step} of {steps}; everything is saved in {run.path}. "

@@ -15,7 +15,7 @@
 export RECIPE=$1
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN
-# What the processes have for that step and checkpoint, in seconds; 30 if not given.
+# What the processes have for that step and checkpoint, in seconds; 600 if not given.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 
 srun --kill-on-bad-exit=1 bash -c \

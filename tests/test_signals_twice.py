@@ -1,0 +1,50 @@
+"""A signal asks for a stop once, however often it comes at first; only later is it impatience."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from abba_cli import RunDir, recorder
+from abba_cli.cli import _was_interrupted
+from abba_cli.errors import TrainingInterrupted
+from abba_cli.processes import Crew
+from abba_cli.recipe_file import load_recipe
+
+
+def test_an_echo_of_a_signal_is_no_second_one(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, heard = [100.0], list[object]()
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: now[0])
+    watched = recorder.Recorder(load_recipe(recipe_file()), RunDir(tmp_path / "run"), Crew(1, 0, None), heard.append)
+    with watched.signals():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            now[0] += 0.3
+        assert (watched.signal_number, len(heard)) == (signal.SIGTERM, 1)
+        now[0] += 1
+        with pytest.raises(TrainingInterrupted, match="ended at once"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_that_another_process_told_of_first_is_no_second_one(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = recorder.Recorder(load_recipe(recipe_file()), RunDir(tmp_path / "run"), Crew(1, 0, None), lambda event: None)
+    watched.signal_number = signal.SIGTERM  # as `Crew.largest` brings it
+    with watched.signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert watched.signal_number == signal.SIGTERM
+
+
+def test_an_interrupted_import_is_known() -> None:
+    with pytest.raises(ModuleNotFoundError) as caught:
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise ModuleNotFoundError("could not import module 'BloomModel'") from error
+    assert _was_interrupted(caught.value)
+    assert not _was_interrupted(ModuleNotFoundError("no module named 'x'"))
