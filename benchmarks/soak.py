@@ -58,7 +58,7 @@ def soaked(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # Every kill costs a start, and on average half of what lies between two checkpoints.
     lost = options.kills * (start + step * options.every_steps / 2)
     steps = round((60 * options.minutes - lost - start) / step)
-    if steps < 2 * options.every_steps:
+    if steps < max(2 * options.every_steps, options.kills + 3):
         sys.exit(
             f"{options.minutes:g} minutes do not hold {options.kills} kills: a start takes {start:.0f} s, a step {step:.2f} s"
         )

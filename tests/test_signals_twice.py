@@ -41,10 +41,8 @@ def test_a_signal_that_another_process_told_of_first_is_no_second_one(
 
 
 def test_an_interrupted_import_is_known() -> None:
-    with pytest.raises(ModuleNotFoundError) as caught:
-        try:
-            raise KeyboardInterrupt
-        except BaseException as error:
-            raise ModuleNotFoundError("could not import module 'BloomModel'") from error
-    assert _was_interrupted(caught.value)
+    error = ModuleNotFoundError("could not import module 'BloomModel'")
+    error.__cause__ = ValueError()
+    error.__cause__.__context__ = KeyboardInterrupt()
+    assert _was_interrupted(error)
     assert not _was_interrupted(ModuleNotFoundError("no module named 'x'"))
