@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 help:
 	@echo "make quickstart   install, fine-tune SmolLM2-135M on word problems, show accuracy before and after"
-	@echo "make test         the test suite (about 25 minutes on 2 cores)"
+	@echo "make test         the test suite (half an hour or more on 2 cores)"
 	@echo "make test-all     the same and the slow tests"
 	@echo "make faults       break trainings in every way of docs/reliability.md, count what was lost (about 10 minutes)"
 	@echo "make soak         one run with 20 kills beside an undisturbed one (about 45 minutes)"

@@ -27,9 +27,8 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
 def join_processes() -> Any:
     """This process among the others; must be asked before anything else looks at accelerate's state."""
     if not torch.accelerator.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed, which accelerate imports where it is installed, warns otherwise
+        # DeepSpeed, which accelerate imports where it is installed, warns otherwise.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Without being told, accelerate takes a process group on a machine without accelerator for a single process.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 

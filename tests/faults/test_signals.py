@@ -58,7 +58,7 @@ def test_terminated_in_an_evaluation(recipe: Path, undisturbed: RunDir, faults: 
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(recipe: Path, undisturbed: RunDir, faults: Faults) -> None:
+def test_two_signals_lose_nothing(recipe: Path, undisturbed: RunDir, faults: Faults) -> None:
     with faults.of("two SIGTERMs") as tally:
         training = start(recipe)
         training.wait_for_step(10)
