@@ -83,7 +83,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write to {path}: {error.strerror or error}{_room(path)}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = _room(path) if full else "; choose another output, or mend it and run the same command again"
+        raise RunError(f"cannot write to {path}: {error.strerror or error}{advice}") from error
     except Exception as error:
         # safetensors and torch.save (PytorchStreamWriter, inline_container.cc) have errors of their own for a full disk.
         if any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container")):

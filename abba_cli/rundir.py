@@ -15,7 +15,7 @@ out/my-run/
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -229,24 +229,16 @@ def remove_old_checkpoints(run: RunDir, keep: int, best: Path | None) -> None:
     sync(run.checkpoints)
 
 
-def check_free(run: RunDir) -> None:
-    """Find out before anything is loaded what `locked` will say afterwards.
-
-    Raises:
-        RunError: Another process is training in the folder.
-    """
-    if run.path.exists():
-        with locked(run):
-            pass
-
-
 @contextmanager
 def locked(run: RunDir) -> Iterator[None]:
     """Create the folder and keep other processes from training in it; the lock dies with the process.
 
+    Folders that were made for it go again if nothing comes into them.
+
     Raises:
-        RunError: Another process is training in the folder.
+        RunError: Another process is training in the folder, or there can be none.
     """
+    new = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         sync(run.path.parent)
@@ -258,6 +250,9 @@ def locked(run: RunDir) -> Iterator[None]:
     finally:
         (run.path / ".lock").unlink(missing_ok=True)
         stream.close()
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 def check_still_newest(run: RunDir, checkpoint: Path | None) -> None:

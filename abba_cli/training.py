@@ -27,7 +27,7 @@ from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenan
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
 from abba_cli.recorder import Recorder
-from abba_cli.rundir import RunDir, check_free, check_still_newest, checkpoint_step, locked, write_recipe
+from abba_cli.rundir import RunDir, check_still_newest, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
 from abba_cli.sealing import is_complete
 from abba_cli.sharding import put_away, shard
@@ -71,21 +71,22 @@ def train(
         listen(Finished(path=run.path, already=True, outcome=Outcome(**run.provenance()["outcome"])))
         return run
 
-    crew.from_main(lambda: check_free(run))
-    listen(Stage("Loading the base model"))
-    set_seed(recipe.training.seed)
-    with memory_errors(run, recipe, ready.plan.memory):
-        adapted = _adapted_model(ready, listen)
-    adapting.check_plan(adapted, ready.plan.layers, ready.plan.trainable)
-    if recipe.data.packing:
-        require_separation(adapted)
-    put_away(adapted)
-
-    # Nothing was written so far: whatever could be wrong with the input has been found.
     with ExitStack() as held:
+        # From here on nobody else writes there: what `prepare` has found holds until the end.
         crew.from_main(lambda: held.enter_context(locked(run)))
         if not restart:
             crew.from_main(lambda: check_still_newest(run, ready.checkpoint))
+        crew.from_main(lambda: _check_room(recipe, ready.plan, run))
+        listen(Stage("Loading the base model"))
+        set_seed(recipe.training.seed)
+        with memory_errors(run, recipe, ready.plan.memory):
+            adapted = _adapted_model(ready, listen)
+        adapting.check_plan(adapted, ready.plan.layers, ready.plan.trainable)
+        if recipe.data.packing:
+            require_separation(adapted)
+        put_away(adapted)
+
+        # Nothing was written so far: whatever could be wrong with the input has been found.
         crew.from_main(lambda: _open_run_directory(recipe, ready, adapted, listen))
         with memory_errors(run, recipe, ready.plan.memory):
             outcome = fit(adapted, ready, listen)
@@ -217,7 +218,8 @@ def _open_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftModel, 
         write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, None)
     write_recipe(run, recipe)
     listen(Stage("Trying a save"))
-    _try_save(adapted, recipe, ready.plan, run)
+    with disk_errors(run.path):
+        _try_save(adapted, run.path / ".trial")
 
 
 def _complete_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftModel, outcome: Outcome, listen: Listener) -> None:
@@ -233,24 +235,23 @@ def _complete_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftMod
         write_provenance(run, recipe, ready.base, ready.config, ready.data, ready.plan, outcome)
 
 
-def _try_save(model: PeftModel, recipe: Recipe, plan: Plan, run: RunDir) -> None:
-    """Save once before the first step, so that a run does not find out at its end that it cannot.
+def _try_save(model: PeftModel, trial: Path) -> None:
+    """Save once before the first step, so that a run does not find out at its end that it cannot."""
+    try:
+        model.save_pretrained(str(trial))
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
-    Raises:
-        RunError: The directory cannot be written, or has no room for two checkpoints.
-    """
-    trial = run.path / ".trial"
-    with disk_errors(run.path):
-        try:
-            model.save_pretrained(str(trial))
-            adapter = sum(file.stat().st_size for file in trial.rglob("*") if file.is_file())
-        finally:
-            shutil.rmtree(trial, ignore_errors=True)
+
+def _check_room(recipe: Recipe, plan: Plan, run: RunDir) -> None:
+    """Raise a RunError where the disk has no room for what the run will keep."""
     # A checkpoint is the adapter and the optimizer's state. A new one is complete before an old one goes, the best one is kept
     # besides, and the finished run has the adapter and the tokenizer at its top.
+    adapter = plan.trainable * getattr(torch, recipe.adapter.dtype).itemsize
     checkpoint = adapter + plan.memory.uses[OPTIMIZER]
     needed = (recipe.checkpoints.keep + 1 + bool(recipe.evaluation.every_steps)) * checkpoint + adapter + 10_000_000
-    free = shutil.disk_usage(run.path).free
+    # The run's own checkpoints make way for new ones.
+    free = shutil.disk_usage(run.path).free + sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
     if free < needed:
         raise RunError(
             f"the disk of {run.path} has {free / 1e6:,.0f} MB free, checkpoints need {needed / 1e6:,.0f} MB; "

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abba_cli import load_recipe, train
 from abba_cli.errors import ModelError, RunError, TrainingDiverged
-from abba_cli.events import Evaluated, Event, Finished, Started, Stepped
+from abba_cli.events import Evaluated, Event, Finished, Stage, Started, Stepped
 
 RecipeFile = Callable[..., Path]
 
@@ -402,10 +402,32 @@ def test_full_disk_is_found_before_the_first_step(recipe_file: RecipeFile) -> No
     try:
         with pytest.raises(RunError, match=r"(no space left|No space left|MB free)"):
             train(recipe_file(output=str(folder / "run")), listen=events.append)
+        assert not list(folder.iterdir())
     finally:
         os.system(f"umount {folder}")
         folder.rmdir()
-    assert not [event for event in events if isinstance(event, Stepped)]
+    assert Stage("Loading the base model") not in events
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/full/run"])
+def test_an_impossible_output_is_found_before_the_base_is_loaded(place: str, recipe_file: RecipeFile) -> None:
+    """Root may write anywhere, until it tries."""
+    events: list[Event] = []
+    with pytest.raises(RunError, match=r"cannot write to /.*; choose another output"):
+        train(recipe_file(output=place), listen=events.append)
+    assert Stage("Loading the base model") not in events
+
+
+def test_a_run_that_is_refused_leaves_no_folder(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "run"
+    with pytest.raises(RunError, match="interrupted"):
+        train(recipe_file(output=str(output)), listen=_refuse_to_load)
+    assert not output.parent.exists()
+
+
+def _refuse_to_load(event: Event) -> None:
+    if event == Stage("Loading the base model"):
+        raise RunError("interrupted")
 
 
 def test_intervals_may_change_when_a_run_goes_on(recipe_file: RecipeFile, tmp_path: Path) -> None:
