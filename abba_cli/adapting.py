@@ -16,12 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from abba_cli.adapter import AbbaConfig, svd_progress
+from abba_cli.adapter import svd_progress
+from abba_cli.adapter.layer import weight_shape
+from abba_cli.adapter_section import AdapterSection
 from abba_cli.bases import Base
 from abba_cli.errors import ModelError
 from abba_cli.hub import explain
 from abba_cli.loading import skeleton
-from abba_cli.recipe import AdapterSection, ModelSection
+from abba_cli.methods import DECISIVE, adapter_config, factor_layers, is_factor, ranks_of, without_start
+from abba_cli.recipe import ModelSection
 
 
 def attach_adapter(
@@ -49,7 +52,7 @@ def attach_adapter(
     if start_from is not None:
         return _load_adapter(model, config, adapter, start_from)
     if model.device.type == "meta":
-        config.init_weights = False
+        without_start(config)
         with init_empty_weights():
             adapted = _inject(model, config, adapter, kinds)
     else:
@@ -62,46 +65,28 @@ def _ignore_progress(done: int, total: int) -> None:
     pass
 
 
-def adapter_config(adapter: AdapterSection, base: Base) -> AbbaConfig:
-    """Translate the recipe's section into PEFT's terms; the one place that does."""
-    return AbbaConfig(
-        r1=adapter.r1,
-        r2=adapter.r2,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        kernel=adapter.kernel,
-        target_modules=adapter.targets,
-        exclude_modules=adapter.exclude,
-        layers_to_transform=adapter.layers,
-        rank_pattern={name: list(rank) if isinstance(rank, tuple) else rank for name, rank in adapter.rank_pattern.items()},
-        alpha_pattern=dict(adapter.alpha_pattern),
-        modules_to_save=adapter.modules_to_save or None,
-        init_weights="svd" if adapter.init == "svd" else "random",
-        base_model_name_or_path=base.location,
-        revision=base.revision,
-        task_type="CAUSAL_LM",
-    )
-
-
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One layer under the adapter: W0 is (m, n)."""
+    """One layer under the adapter: W0 is (m, n); `ranks` are those of its pairs."""
 
     name: str
     m: int
     n: int
-    r1: int
-    r2: int
+    ranks: tuple[int, ...]
+    parameters: int
 
 
 def adapted_layers(adapted: PeftModel) -> list[AdaptedLayer]:
     """The layers that carry the adapter, in the model's order."""
-    layers = []
-    for name, module in adapted.get_base_model().named_modules():
-        if "default" in getattr(module, "abba_B1", {}):
-            (m, r1), (r2, n) = module.abba_B1["default"].shape, module.abba_A2["default"].shape
-            layers.append(AdaptedLayer(name, m, n, r1, r2))
-    return layers
+    return [
+        AdaptedLayer(
+            name,
+            *weight_shape(layer.get_base_layer()),
+            ranks_of(layer)["default"],
+            sum(one.numel() for key, one in layer.named_parameters() if is_factor(f".{key}", adapted)),
+        )
+        for name, layer in factor_layers(adapted.get_base_model())
+    ]
 
 
 def check_adapter(config: PreTrainedConfig, model: ModelSection, adapter: AdapterSection, base: Base) -> PeftModel:
@@ -131,7 +116,7 @@ def check_adapter(config: PreTrainedConfig, model: ModelSection, adapter: Adapte
             "could not be merged; leave it out with adapter.exclude"
         )
     for layer in layers:
-        for key, rank in (("r1", layer.r1), ("r2", layer.r2)):
+        for key, rank in zip(("r1", "r2") if adapter.method == "abba" else ("rank",), layer.ranks, strict=False):
             if rank > min(layer.m, layer.n):
                 raise ModelError(
                     f"adapter.{key} is {rank}, but {layer.name} is {layer.m} x {layer.n}: expected at most "
@@ -175,7 +160,7 @@ def check_plan(adapted: PeftModel, layers: list[AdaptedLayer], trainable: int) -
         )
 
 
-def _inject(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection, kinds: str) -> PeftModel:
+def _inject(model: PreTrainedModel, config: PeftConfig, adapter: AdapterSection, kinds: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             # PEFT's notices of what check_adapter reports as errors.
@@ -195,12 +180,12 @@ def _inject(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection,
         raise ModelError(f"adapter: {' '.join(str(error).split())}") from None
     assert isinstance(adapted, PeftModel)
     for name, parameter in adapted.named_parameters():
-        if ".abba_" in name:
+        if is_factor(name, adapted):
             parameter.data = parameter.data.to(getattr(torch, adapter.dtype))
     return adapted
 
 
-def _load_adapter(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSection, start_from: str) -> PeftModel:
+def _load_adapter(model: PreTrainedModel, config: PeftConfig, adapter: AdapterSection, start_from: str) -> PeftModel:
     check_saved(config, start_from)
     with explain(f"adapter {start_from}", page=start_from):
         adapted = PeftModel.from_pretrained(
@@ -210,7 +195,7 @@ def _load_adapter(model: PreTrainedModel, config: AbbaConfig, adapter: AdapterSe
     return adapted
 
 
-def check_saved(config: AbbaConfig, start_from: str) -> None:
+def check_saved(config: PeftConfig, start_from: str) -> None:
     """Compare a saved adapter's configuration with the recipe's, without reading its weights.
 
     Raises:
@@ -221,11 +206,11 @@ def check_saved(config: AbbaConfig, start_from: str) -> None:
         raise ModelError(f"adapter.start_from: there is no directory {start_from}; expected a run, an adapter or a hub id")
     with explain(f"adapter {start_from}", page=start_from):
         saved = PeftConfig.from_pretrained(start_from)
-    if not isinstance(saved, AbbaConfig):
-        raise ModelError(f"{start_from} holds a {saved.peft_type} adapter; expected an ABBA one")
-    for key in ("r1", "r2", "alpha", "dropout", "rank_pattern", "alpha_pattern"):
-        if getattr(saved, key) != getattr(config, key):
+    if saved.peft_type != config.peft_type:
+        raise ModelError(f"{start_from} holds a {saved.peft_type} adapter; the recipe trains a {config.peft_type} one")
+    for key in DECISIVE:
+        if getattr(saved, key, None) != getattr(config, key, None):
             raise ModelError(
                 f"{start_from} was trained with {key} = {getattr(saved, key)}, the recipe has {getattr(config, key)}; "
-                f"set adapter.{key} to the adapter's value"
+                "give the recipe the adapter's value"
             )

@@ -62,7 +62,8 @@ def with_strategy(recipe: Recipe, adapted: PeftModel, train: Dataset, processes:
         recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update={"strategy": strategy})})
         for strategy in ("ddp", "fsdp")
     )
-    if processes == 1 or memory is None or recipe.model.quantization == "int8" or recipe.training.compile:
+    whole = recipe.model.quantization == "int8" or recipe.training.compile or not recipe.adapter.is_abba
+    if processes == 1 or memory is None or whole:
         return ddp
     return ddp if forecast(ddp, adapted, heavy_rows(train), processes).total <= memory else fsdp
 

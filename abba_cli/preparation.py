@@ -11,6 +11,7 @@ from abba_cli.errors import RunError
 from abba_cli.events import Audited, Listener, Planned, Stage, ignore
 from abba_cli.loop import check_logger, total_steps
 from abba_cli.memory import device_memory
+from abba_cli.methods import adapter_config
 from abba_cli.plan import Plan, check_length, make_plan, with_strategy
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
@@ -82,7 +83,7 @@ def prepare(
     tokenizer = loading.load_tokenizer(base, recipe.model)
     skeleton = adapting.check_adapter(config, recipe.model, recipe.adapter, base)
     if recipe.adapter.start_from is not None:
-        adapting.check_saved(adapting.adapter_config(recipe.adapter, base), recipe.adapter.start_from)
+        adapting.check_saved(adapter_config(recipe.adapter, base), recipe.adapter.start_from)
 
     listen(Stage("Reading the data"))
     data = prepare_data(

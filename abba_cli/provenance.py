@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from abba_cli import __version__
 from abba_cli.bases import Base
 from abba_cli.disk import write_atomically
+from abba_cli.methods import in_words
 from abba_cli.plan import Plan
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
@@ -113,6 +114,17 @@ def hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "cpu_threads": torch.get_num_threads(), "gpus": gpus}
 
 
+_IMPORT = "import abba_cli.adapter  # pip install abba-cli; teaches PEFT the method\n"
+_KINDS = {
+    "abba": "An ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238))",
+    "lora": "A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685))",
+    "rslora": "An rsLoRA adapter ([arXiv 2312.03732](https://arxiv.org/abs/2312.03732))",
+    "dora": "A DoRA adapter ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353))",
+    "hira": "A HiRA adapter ([ICLR 2025](https://openreview.net/forum?id=TwJrTz9cRS))",
+    "loha": "A LoHa adapter ([arXiv 2108.06098](https://arxiv.org/abs/2108.06098))",
+}
+
+
 def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Outcome) -> None:
     """Write README.md, the model card that the hub shows."""
     adapter = recipe.adapter
@@ -122,7 +134,7 @@ def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Out
         base_model=None if local else base.location,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["abba", "peft"],
+        tags=[adapter.method, "peft"],
         datasets=hub_sets or None,
     )
     losses = [f"- training loss at the end: {outcome.train_loss:.4f}"] if outcome.train_loss is not None else []
@@ -135,9 +147,9 @@ def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Out
 
 # {run.path.name}
 
-An ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for `{recipe.model.name}`: every adapted
-weight is changed by
-s (B1 A1) * (B2 A2), with r1 = {adapter.r1}, r2 = {adapter.r2} and s = alpha^2 / sqrt(r1 r2), alpha = {adapter.alpha:g}.
+{_KINDS[adapter.method]} for `{recipe.model.name}`: to every adapted
+weight it adds
+{in_words(adapter)}.
 
 - trainable parameters: {plan.trainable:,} of {plan.total:,}, in {len(plan.layers)} layers
 - steps: {outcome.steps:,}; the adapter is the one after step {outcome.used_step:,}
@@ -148,8 +160,7 @@ s (B1 A1) * (B2 A2), with r1 = {adapter.r1}, r2 = {adapter.r2} and s = alpha^2 /
 ## Use
 
 ```python
-import abba_cli.adapter  # pip install abba-cli; teaches PEFT the method
-from peft import AutoPeftModelForCausalLM
+{_IMPORT if adapter.is_abba else ""}from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("{run.path.name}")
 ```

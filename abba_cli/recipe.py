@@ -4,58 +4,18 @@ The reference page (docs/recipe-reference.md) and `abba schema` are generated fr
 whoever needs another one makes it with `recipe_file.load_recipe(path, overrides)`.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-
-def _check_regex(value: str) -> str:
-    """Refuse a broken regular expression here, where its line is known."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is not a valid regular expression ({error})") from None
-    return value
+from abba_cli.adapter_section import AdapterSection
+from abba_cli.section import Section, Share, Text
 
 
 def _list_of_one(value: Any) -> Any:
     """A single source may be written without the dash, and a bare string is its path."""
     sources = value if isinstance(value, list) else [value]
     return [{"path": source} if isinstance(source, str) else source for source in sources]
-
-
-Rank = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Text = Annotated[str, Field(min_length=1)]
-Regex = Annotated[Text, AfterValidator(_check_regex)]
-LayerNames = Annotated[list[Text], Field(min_length=1)] | Regex
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values cannot be changed after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes true for 1, so that `learning_rate: yes` would pass."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise PydanticCustomError("true_or_false", "true or false is not a value of this key")
-        return value
 
 
 class ModelSection(Section):
@@ -79,50 +39,6 @@ class ModelSection(Section):
         "auto", description="Attention implementation of transformers; auto is the model's own default."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
-
-
-class AdapterSection(Section):
-    """What is trained: dW = s (B1 A1) * (B2 A2) on every targeted linear layer."""
-
-    method: Literal["abba"] = Field("abba", description="The adapter method.")
-    r1: Rank = Field(16, description="Rank of the first pair, which starts from the weight's singular vectors.")
-    r2: Rank = Field(16, description="Rank of the second pair, which starts at zero.")
-    alpha: float = Field(
-        16.0, gt=0, description="Sets the scale s = alpha^2 / sqrt(r1*r2). The paper finds 16 to 32 best; 64 collapses."
-    )
-    dropout: Share = Field(0.0, description="Dropout on the input of the update.")
-    targets: LayerNames = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        description="Layers to adapt: a list of module names, `all-linear`, or one regular expression over full names.",
-    )
-    exclude: LayerNames | None = Field(None, description="Layers to leave out, written as in `targets`.")
-    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="Numbers of the blocks to adapt; null adapts all of them."
-    )
-    rank_pattern: dict[Regex, Rank | tuple[Rank, Rank]] = Field(
-        {}, description="Other ranks for some layers: name or regular expression to N or [r1, r2]."
-    )
-    alpha_pattern: dict[Regex, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="Another alpha for some layers: name or regular expression."
-    )
-    modules_to_save: list[str] = Field(
-        [], description="Modules that are trained whole and saved with the adapter, such as embed_tokens or lm_head."
-    )
-    init: Literal["svd", "random"] = Field(
-        "svd", description="Start of the first pair: the paper's truncated SVD of the weight, or random."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Data type of the factors.")
-    kernel: Literal["auto", "factored", "effective"] = Field(
-        "auto",
-        description="How the update is computed: through W0 + dW (effective), beside the base's product (factored), or the "
-        "faster way for each call. Same results up to rounding.",
-    )
-    start_from: str | None = Field(
-        None,
-        min_length=1,
-        description="A trained adapter or run directory to go on from; its ranks and targets must be the recipe's. "
-        "Relative to the current directory, as `output` is.",
-    )
 
 
 class SourceSection(Section):
@@ -290,7 +206,14 @@ class Recipe(Section):
         if self.data.packing and self.training.group_by_length:
             raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
         strategy = self.distributed.strategy
+        if self.model.quantization != "none" and self.adapter.method in ("hira", "loha"):
+            raise ValueError(
+                f"model.quantization: PEFT's {self.adapter.method} takes no quantised base, found {self.model.quantization}: set "
+                "it to none"
+            )
         if strategy in ("fsdp", "deepspeed"):
+            if not self.adapter.is_abba:
+                raise ValueError(f"distributed.strategy: {strategy} trains abba alone; set it to ddp for the methods of PEFT")
             if self.model.quantization == "int8":
                 raise ValueError(f"distributed.strategy: {strategy} takes no int8 base: set model.quantization to nf4 or none")
             if self.training.compile:

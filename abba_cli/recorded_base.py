@@ -9,14 +9,16 @@ from typing import Literal
 
 from accelerate import init_empty_weights
 from peft import get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from abba_cli.adapter import AbbaLayer
+from abba_cli.adapter.layer import weight_shape
 from abba_cli.bases import Base, dequantised, find_base
 from abba_cli.errors import ModelError
 from abba_cli.loading import skeleton
+from abba_cli.methods import without_start
 from abba_cli.recipe import ModelSection
 from abba_cli.saved_adapter import SavedAdapter, is_repeated
 
@@ -143,7 +145,8 @@ def fit(adapter: SavedAdapter, config: PreTrainedConfig) -> Mapping[str, LayerKi
     where, kind = config.name_or_path, type(config).__name__.removesuffix("Config")
     settings = copy.deepcopy(adapter.config)
     bare = skeleton(config, ModelSection(name="base"))
-    settings.base_model_name_or_path, settings.revision, settings.init_weights = bare.name_or_path, None, False
+    settings.base_model_name_or_path, settings.revision = bare.name_or_path, None
+    without_start(settings)
     known = dict(bare.named_modules())
     try:
         with init_empty_weights():
@@ -160,13 +163,13 @@ def fit(adapter: SavedAdapter, config: PreTrainedConfig) -> Mapping[str, LayerKi
         raise ModelError(
             f"{adapter.path} does not fit {where} ({kind}): the base has no {_some(foreign)}; is it of another architecture?"
         )
-    missing = [name for name in expected if not is_repeated(name) and not _holds(adapter, name)]
+    missing = [name for name in expected if not is_repeated(name) and not adapter.holds(name)]
     if missing:
         raise ModelError(f"{adapter.path} holds half an adapter: {_some(missing)} missing for {where}")
     kinds: dict[str, LayerKind] = {}
     for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, AbbaLayer) and name in adapter.layers:
-            layer, (m, n) = adapter.layers[name], (module.out_features, module.in_features)
+        if isinstance(module, BaseTunerLayer) and name in adapter.layers:
+            layer, (m, n) = adapter.layers[name], weight_shape(module.get_base_layer())
             if (layer.m, layer.n) != (m, n):
                 raise ModelError(
                     f"{adapter.path} does not fit {where}: {name} is {m} x {n} there, the adapter is for {layer.m} x {layer.n}"
@@ -179,11 +182,6 @@ def fit(adapter: SavedAdapter, config: PreTrainedConfig) -> Mapping[str, LayerKi
     if untargeted:
         raise ModelError(f"{adapter.path}: adapter_config.json does not target {_some(untargeted)} although the file has factors")
     return kinds
-
-
-def _holds(adapter: SavedAdapter, name: str) -> bool:
-    layer, found, _ = name.rpartition(".abba_")
-    return layer in adapter.layers if found else name.replace(".base_layer.", ".") in adapter.whole
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:

@@ -150,9 +150,10 @@ class Recorder(TrainerCallback):
         checkpoints = self.run.complete_checkpoints()
         kept = f"{checkpoints[-1]} is kept" if checkpoints else "there was no checkpoint yet"
         what = {"loss": "loss", "grad_norm": "gradient norm"}[name]
+        alpha = "" if self.recipe.adapter.alpha is None else f" or adapter.alpha ({self.recipe.adapter.alpha:g})"
         advice = (
-            f"Lower training.learning_rate ({self.recipe.training.learning_rate:g}) or adapter.alpha "
-            f"({self.recipe.adapter.alpha:g}) and start anew with --restart or another output, and look at the rows of that step"
+            f"Lower training.learning_rate ({self.recipe.training.learning_rate:g}){alpha} and start anew with --restart or "
+            "another output, and look at the rows of that step"
         )
         if step == 1:
             advice = (

@@ -7,29 +7,37 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from abba_cli.adapter import AbbaConfig, Factors, scale
+from abba_cli.adapter import AbbaConfig, Factors
 from abba_cli.errors import ModelError
 from abba_cli.hub import explain
+from abba_cli.methods import CONFIGS, method_of, ranks_and_scale
 from abba_cli.rundir import ADAPTER_FILES, RunDir
 
+Update = Literal["added", "multiplied", "normalised"]
+
 _PREFIX = "base_model.model."
-_FACTORS = ("B1", "A1", "B2", "A2")
+_FACTORS = {
+    "ABBA": ("abba_B1", "abba_A1", "abba_B2", "abba_A2"),
+    "LOHA": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "LORA": ("lora_B.weight", "lora_A.weight"),
+    "HIRA": ("hira_B", "hira_A"),
+}
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One adapted layer: W0 is (m, n), and the update s (B1 A1) * (B2 A2)."""
+    """One adapted layer: W0 is (m, n), and the update s (B1 A1) * (B2 A2); a single pair has a second one of ones (r2 = 1)."""
 
     name: str
     m: int
@@ -41,24 +49,46 @@ class SavedLayer:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An ABBA adapter in PEFT's form; tensors are read when they are asked for.
+    """An adapter in PEFT's form, ABBA's or one to compare with it; tensors are read when they are asked for.
 
     Args:
         path: The local folder that holds it.
         config: Its settings; `base_model_name_or_path` and `revision` are the recorded base.
+        update: What happens to W0 with the product D = s (B1 A1) * (B2 A2): W0 + D is added, W0 + W0 * D multiplied (HiRA), and
+            W0 + D with its rows brought to trained lengths normalised (DoRA).
         layers: The adapted layers, by their module's name in the base model.
         whole: Parameters trained whole (modules_to_save, biases): the parameter's name in the base model -> its key in the file.
     """
 
     path: Path
-    config: AbbaConfig
+    config: Any  # a PeftConfig, whose fields depend on the method
+    update: Update
     layers: Mapping[str, SavedLayer]
     whole: Mapping[str, str]
 
     def factors(self, layer: str) -> Factors:
         """The four factors of a layer, as stored."""
         with safe_open(self.path / ADAPTER_FILES[1], "pt") as file:
-            return Factors(*(file.get_tensor(f"{_PREFIX}{layer}.abba_{one}") for one in _FACTORS))
+            stored = [file.get_tensor(f"{_PREFIX}{layer}.{one}") for one in _FACTORS[self.method]]
+        if len(stored) == 2:
+            B, A = stored
+            return Factors(B, A, B.new_ones(len(B), 1), A.new_ones(1, A.shape[1]))
+        return Factors(*stored)
+
+    def magnitude(self, layer: str) -> torch.Tensor:
+        """The lengths (m,) of a normalised layer's rows."""
+        with safe_open(self.path / ADAPTER_FILES[1], "pt") as file:
+            return file.get_tensor(f"{_PREFIX}{layer}.{_MAGNITUDE}")  # type: ignore[no-any-return]
+
+    def holds(self, name: str) -> bool:
+        """Whether it has a parameter of an adapted model, by the name in PEFT's file without the prefix."""
+        layer, _ = _split(self.method, name)
+        return layer in self.layers if layer else name.replace(".base_layer.", ".") in self.whole
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of it: ABBA, LORA, HIRA or LOHA."""
+        return method_of(self.config)
 
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that was trained whole, by its name in the base model."""
@@ -142,15 +172,14 @@ def open_adapter(path: Path) -> SavedAdapter:
     with explain(str(path / ADAPTER_FILES[0])):
         settings = json.loads((path / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
         method = settings.get("peft_type") if isinstance(settings, dict) else None
-        if method != "ABBA":
+        if not isinstance(method, str) or method not in CONFIGS:
             raise ModelError(
-                f"{path} holds {f'a {method}' if method else 'no PEFT'} adapter; expected an ABBA one "
-                "(`abba import` reads LoHa adapters and those of the authors' code)"
+                f"{path} holds {f'a {str(method)[:40]}' if method else 'no PEFT'} adapter; expected an ABBA one, or one of "
+                f"{', '.join(name for name in CONFIGS if name != 'ABBA')} (`abba import` reads those of the authors' code)"
             )
-        _check_types(path, settings)
+        _check_types(path, settings) if method == "ABBA" else _check_plain(path, settings, CONFIGS[method])
         with _plausible(path):
             config = PeftConfig.from_pretrained(str(path))
-    assert isinstance(config, AbbaConfig)
     shapes = _shapes(path)
     factors: dict[str, dict[str, tuple[int, ...]]] = {}
     whole = {}
@@ -158,17 +187,44 @@ def open_adapter(path: Path) -> SavedAdapter:
         name = key.removeprefix(_PREFIX)
         if is_repeated(name):
             continue
-        layer, found, factor = name.rpartition(".abba_")
-        if found:
+        layer, factor = _split(method, name)
+        if layer:
             factors.setdefault(layer, {})[factor] = shape
         else:
             whole[name.replace(".base_layer.", ".")] = key
-    missing = [f"{layer}.abba_{one}" for layer, found in factors.items() for one in _FACTORS if one not in found]
+    update: Update = "multiplied" if method == "HIRA" else "normalised" if getattr(config, "use_dora", False) else "added"
+    needed = (*_FACTORS[method], *([_MAGNITUDE] if update == "normalised" else []))
+    missing = [f"{layer}.{one}" for layer, found in factors.items() for one in needed if one not in found]
     if missing or not factors:
         raise ModelError(f"{path} holds half an adapter: {_some(missing) if missing else 'factors'} missing")
     with _plausible(path):
         layers = {layer: _layer(path, config, layer, found) for layer, found in factors.items()}
-    return SavedAdapter(path, config, layers, whole)
+    return SavedAdapter(path, config, update, layers, whole)
+
+
+def _split(method: str, name: str) -> tuple[str, str]:
+    """Layer and factor of a name in the file; two empty texts for what is no factor."""
+    for factor in (*_FACTORS[method], _MAGNITUDE):
+        if name.endswith(f".{factor}"):
+            return name[: -len(factor) - 1], factor
+    return "", ""
+
+
+def _check_plain(path: Path, settings: Mapping[str, Any], kind: type[PeftConfig]) -> None:
+    """Refuse settings of a method that change what its tensors mean, or that would have PEFT import something."""
+    for one in fields(kind):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        value = settings.get(one.name, default)
+        if one.name not in _UNDERSTOOD and value and value != default and not one.name.startswith("runtime"):
+            raise ModelError(f"{path}: {one.name} is {str(value)[:60]!r} in its adapter_config.json, which abba does not read")
+
+
+_UNDERSTOOD = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("lora_dropout", "hira_dropout", "rank_dropout", "module_dropout", "use_effective_conv2d"),
+}
 
 
 def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
@@ -215,19 +271,18 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer(path: Path, config: AbbaConfig, name: str, found: Mapping[str, tuple[int, ...]]) -> SavedLayer:
-    alphas, ranks = config.alpha_pattern or {}, config.rank_pattern or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.alpha)
-    r1, r2 = config.ranks_for(get_pattern_key(list(ranks), name))
-    m, n = found["B1"][0], found["A1"][-1]
-    expected = {"B1": (m, r1), "A1": (r1, n), "B2": (m, r2), "A2": (r2, n)}
-    for factor, shape in expected.items():
+def _layer(path: Path, config: PeftConfig, name: str, found: Mapping[str, tuple[int, ...]]) -> SavedLayer:
+    r1, r2, s = ranks_and_scale(config, name)
+    letters = _FACTORS[method_of(config)]
+    m, n = found[letters[0]][0], found[letters[1]][-1]
+    shapes = ((m, r1), (r1, n), (m, r2), (r2, n))
+    for factor, shape in [*zip(letters, shapes, strict=False), *([(_MAGNITUDE, (m,))] if _MAGNITUDE in found else [])]:
         if found[factor] != shape:
             raise ModelError(
-                f"{path}: {name}.abba_{factor} is {_by(found[factor])}, expected {_by(shape)} from r1 = {r1}, r2 = {r2} "
-                "in adapter_config.json; the two files do not belong together"
+                f"{path}: {name}.{factor} is {_by(found[factor])}, expected {_by(shape)} from the ranks {r1}"
+                f"{f' and {r2}' if len(letters) > 2 else ''} in adapter_config.json; the two files do not belong together"
             )
-    return SavedLayer(name, m, n, r1, r2, scale(alpha, r1, r2))
+    return SavedLayer(name, m, n, r1, r2, s)
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -8,13 +8,15 @@ from typing import Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .starts import STARTS, Start
+
 BIAS = ("none", "all", "abba_only")
 KERNELS = ("auto", "factored", "effective")
 
 
 @dataclass
 class AbbaConfig(PeftConfig):
-    """Configuration of an `AbbaModel`: dW = s (B1 A1) * (B2 A2) with s = alpha^2 / sqrt(r1 r2).
+    """Configuration of an `AbbaModel`: dW = s (B1 A1) * (B2 A2) with s = alpha^2 / (r1 r2)^scale_exponent.
 
     The fields that ABBA shares with PEFT's own methods mean what they mean there. Every field is described in its
     `help` metadata. Defaults of `r1`, `r2` and `alpha`: https://arxiv.org/abs/2505.14238 (r1 = r2 = 16 has the size
@@ -26,7 +28,15 @@ class AbbaConfig(PeftConfig):
 
     r1: int = field(default=16, metadata={"help": "Rank of the first pair, B1 A1. May exceed the layer's size."})
     r2: int = field(default=16, metadata={"help": "Rank of the second pair, B2 A2. Independent of r1."})
-    alpha: float = field(default=16.0, metadata={"help": "Strength of the update: it is multiplied by alpha^2 / sqrt(r1 r2)."})
+    alpha: float = field(
+        default=16.0, metadata={"help": "Strength of the update: it is multiplied by alpha^2 / (r1 r2)^scale_exponent."}
+    )
+    scale_exponent: float = field(
+        default=0.5,
+        metadata={
+            "help": "Exponent of the ranks in the scale alpha^2 / (r1 r2)^e; 1/2 is the rank-stable one, 0 leaves them out."
+        },
+    )
     dropout: float = field(default=0.0, metadata={"help": "Probability, in training, of dropping an element of the input of dW."})
     target_modules: list[str] | str | None = field(
         default=None,
@@ -42,11 +52,12 @@ class AbbaConfig(PeftConfig):
         default="none",
         metadata={"help": "Biases to train: 'none', 'all', or 'abba_only' (those of the adapted layers)."},
     )
-    init_weights: bool | Literal["svd", "random"] = field(
+    init_weights: bool | Start = field(
         default=True,
         metadata={
             "help": "True or 'svd': B1 A1 is the truncated SVD of the base weight and B2 = 0, as in the paper. "
-            "'random': B1, A1 random and B2 = 0. Either way a fresh adapter changes nothing. "
+            "'random': B1, A1 random and B2 = 0. Either way a fresh adapter changes nothing. The others of the paper's ablation: "
+            "'swapped', 'zeros', and, away from the base, 'ones', 'roots', 'top_next', 'next_top' (see adapter/starts.py). "
             "False: all four factors random, times s^(-1/4) each, so a fresh adapter does change the model (for tests)."
         },
     )
@@ -103,8 +114,10 @@ class AbbaConfig(PeftConfig):
         check_alpha("alpha", self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` is {self.dropout!r}, but it has to be at least 0 and less than 1.")
-        if not isinstance(self.init_weights, bool) and self.init_weights not in ("svd", "random"):
-            raise ValueError(f"`init_weights` is {self.init_weights!r}, not one of True, False, 'svd' and 'random'.")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in STARTS:
+            raise ValueError(f"`init_weights` is {self.init_weights!r}, not True, False or one of {STARTS}.")
+        if not isinstance(self.scale_exponent, (int, float)) or not 0 <= self.scale_exponent <= 2:
+            raise ValueError(f"`scale_exponent` is {self.scale_exponent!r}, but it has to be between 0 and 2.")
         if self.bias not in BIAS:
             raise ValueError(f"`bias` is {self.bias!r}, but it has to be one of {BIAS}.")
         if self.kernel not in KERNELS:

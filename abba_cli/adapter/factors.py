@@ -34,9 +34,9 @@ class Factors(NamedTuple):
     A2: torch.Tensor
 
 
-def scale(alpha: float, r1: int, r2: int) -> float:
-    """Returns s = alpha^2 / sqrt(r1 r2), the scale that keeps the update rank-stable (Theorem 2)."""
-    return alpha * alpha / math.sqrt(r1 * r2)
+def scale(alpha: float, r1: int, r2: int, exponent: float = 0.5) -> float:
+    """Returns s = alpha^2 / (r1 r2)^exponent; with 1/2 the update is rank-stable (Theorem 2)."""
+    return float(alpha * alpha / (r1 * r2) ** exponent)
 
 
 def delta_weight(factors: Factors, s: float) -> torch.Tensor:

@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from .config import AbbaConfig, check_rank
 from .cost import Kernel
 from .dense import Scaled, effective_weight
-from .factors import Factors, delta_weight, init_A2, init_pair, scale, svd_init
+from .factors import Factors, delta_weight, init_A2, init_pair, scale
 from .quantised import is_packed, restore_scales, unpacked_weight
+from .starts import FROM_WEIGHT, Start, start_from_weight
 
 
 class AbbaLayer(nn.Module, BaseTunerLayer):
@@ -29,16 +30,17 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
     Attributes:
         abba_A1, abba_B1, abba_A2, abba_B2: the factors, by adapter name, float32 (float64 on a float64 base).
         abba_dropout: dropout of the update's input, by adapter name.
-        r1, r2, alpha, scaling: numbers, by adapter name; scaling is s.
+        r1, r2, alpha, exponent, scaling: numbers, by adapter name; scaling is s = alpha^2 / (r1 r2)^exponent.
         kernel: the way of computing, by adapter name.
         keeps_weight: whether a layer may keep W0 + dW while it generates text; not where memory is so short that the base is
             shared out over processes.
-        pending_svd: adapters whose B1 and A1 wait for their SVD, see `initialize_pending`.
+        start: how the factors start (starts.py), by adapter name.
+        pending_svd: adapters whose factors wait for their SVD, see `initialize_pending`.
     """
 
     adapter_layer_names = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
     keeps_weight = True
-    other_param_names = ("r1", "r2", "alpha", "scaling", "kernel", "abba_dropout")
+    other_param_names = ("r1", "r2", "alpha", "exponent", "scaling", "start", "kernel", "abba_dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: AbbaConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -58,6 +60,8 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         self.r2: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.exponent: dict[str, float] = {}
+        self.start: dict[str, Start] = {}
         self.kernel: dict[str, Kernel] = {}
         self.pending_svd: set[str] = set()
         self._disable_adapters = False
@@ -68,7 +72,7 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: AbbaConfig, r1: int, r2: int, alpha: float) -> None:
         """Adds an adapter, or replaces the one of that name.
 
-        With init_weights True or "svd", B1 and A1 stay zero until `initialize_pending`.
+        With a start from the base weight, B1 and A1 stay zero until `initialize_pending`.
 
         Raises:
             ValueError: a rank is not positive.
@@ -77,7 +81,8 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         check_rank("r2", r2)
         m, n = self.out_features, self.in_features
         self.r1[adapter_name], self.r2[adapter_name], self.alpha[adapter_name] = r1, r2, alpha
-        self.scaling[adapter_name] = scale(alpha, r1, r2)
+        self.exponent[adapter_name] = config.scale_exponent
+        self.scaling[adapter_name] = scale(alpha, r1, r2, config.scale_exponent)
         self.kernel[adapter_name] = config.kernel
         self.abba_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
 
@@ -85,6 +90,8 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         B2, A2 = torch.zeros(m, r2), init_A2(r2, n)
         if config.init_weights == "random" or config.init_weights is False:
             B1, A1 = init_pair((m, r1), (r1, n))
+        if config.init_weights == "zeros":
+            A1 = init_A2(r1, n)
         if config.init_weights is False:
             B2, A2 = init_pair((m, r2), (r2, n))
             # s would multiply an update that is no no-op; shared out over the factors, dW starts as large as LoHa's.
@@ -97,7 +104,8 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(factor.to(device, dtype))
 
         self.pending_svd.discard(adapter_name)
-        if config.init_weights is True or config.init_weights == "svd":
+        self.start[adapter_name] = "svd" if isinstance(config.init_weights, bool) else config.init_weights
+        if config.init_weights is not False and self.start[adapter_name] in FROM_WEIGHT:
             self.pending_svd.add(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -120,16 +128,17 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
             return  # set by other means than `load_state_dict`
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ValueError(
-                f"init_weights='svd' needs the base weight, but a {self.quantization_backend.backend_name} layer "
+                f"init_weights={self.start[adapter_name]!r} needs the base weight, but a "
+                f"{self.quantization_backend.backend_name} layer "
                 "cannot be dequantised. Use init_weights='random'."
             )
         with torch.no_grad(), gather_params_ctx(self._weight):
             weight = self._as_matrix(self.get_base_weight())
             if weight.device.type == "cpu" and torch.cuda.is_available():
                 weight = weight.cuda()  # a base that stays on the CPU for now; minutes become seconds
-            new_B1, new_A1 = svd_init(weight, self.r1[adapter_name])
-            B1.copy_(new_B1)
-            A1.copy_(new_A1)
+            factors = self.factors(adapter_name)
+            for factor, new in zip(factors, start_from_weight(self.start[adapter_name], weight, factors), strict=True):
+                factor.copy_(new)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -193,9 +202,11 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
         self.set_base_weight(merged)
 
     def set_scale(self, adapter: str, scale_factor: float) -> None:
-        """Sets an adapter's s to a multiple of its own alpha^2 / sqrt(r1 r2)."""
+        """Sets an adapter's s to a multiple of its own alpha^2 / (r1 r2)^exponent."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale_factor * scale(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
+            self.scaling[adapter] = scale_factor * scale(
+                self.alpha[adapter], self.r1[adapter], self.r2[adapter], self.exponent[adapter]
+            )
 
     def scale_layer(self, scale_factor: float) -> None:
         """Multiplies s of the active adapters."""
@@ -203,7 +214,7 @@ class AbbaLayer(nn.Module, BaseTunerLayer):
             self.scaling[name] *= scale_factor
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides s of the active adapters by `scale`; None restores alpha^2 / sqrt(r1 r2)."""
+        """Divides s of the active adapters by `scale`; None restores the adapter's own."""
         for name in self._active_here():
             if scale is None:
                 self.set_scale(name, 1.0)

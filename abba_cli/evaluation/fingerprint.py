@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FACTORS = (".abba_", ".lora_", ".hira_", ".hada_")
 _WRAPPERS = ("base_model.model.", "base_layer.", "original_module.")
 
 
@@ -34,7 +35,7 @@ def fingerprint(model: Any, adapter_off: bool = False) -> str:
 def _tensors(model: Any, adapter_off: bool) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if adapter_off and (".abba_" in name or ".modules_to_save." in name):
+        if adapter_off and (any(part in name for part in _FACTORS) or ".modules_to_save." in name):
             continue
         plain = name
         for wrapper in _WRAPPERS:

@@ -13,6 +13,7 @@ from abba_cli.forecast.rehearsal import rehearse
 from abba_cli.forecast.rows import HeavyRows
 from abba_cli.forecast.tracker import GRADIENTS
 from abba_cli.loss import keeps_logits
+from abba_cli.methods import is_factor
 from abba_cli.recipe import Recipe
 from abba_cli.sharding import blocks
 from abba_cli.zero import BUCKET
@@ -121,7 +122,7 @@ def _trained_bytes(recipe: Recipe, skeleton: PeftModel) -> list[int]:
     """Bytes of every trained parameter; the type of the factors is the recipe's, whatever the skeleton was made with."""
     size = getattr(torch, recipe.adapter.dtype).itemsize
     named = [(name, one) for name, one in skeleton.named_parameters() if one.requires_grad]
-    return [one.numel() * (size if ".abba_" in name else one.element_size()) for name, one in named]
+    return [one.numel() * (size if is_factor(name, skeleton) else one.element_size()) for name, one in named]
 
 
 def _state(recipe: Recipe, skeleton: PeftModel) -> int:

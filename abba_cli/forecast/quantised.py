@@ -35,7 +35,7 @@ def quantise(adapted: PeftModel, kind: str) -> None:
     for name, layer in quantisable(adapted):
         parent = base.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], _LAYERS[kind](layer))
-        if isinstance(parent, AbbaLayer):
+        if isinstance(parent, AbbaLayer):  # PEFT's own methods look at their layer's type when they are made
             parent.quantization_backend = _BACKENDS[kind]()
             parent.transposed = False
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from abba_cli.forecast.quantised import quantise
+from abba_cli.methods import is_factor
 from abba_cli.recipe import Recipe
 
 
@@ -122,7 +123,7 @@ def _copy(skeleton: PeftModel, name: str, blocks: list[nn.Module]) -> PeftModel:
             setattr(owner, key, everything)
 
 
-def _imagine(model: nn.Module, factors: torch.dtype) -> None:
+def _imagine(model: PeftModel, factors: torch.dtype) -> None:
     """Give every parameter a fake tensor; shared ones stay shared."""
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
@@ -130,6 +131,6 @@ def _imagine(model: nn.Module, factors: torch.dtype) -> None:
             if old is None:
                 continue
             if id(old) not in made:
-                dtype = factors if ".abba_" in name else old.dtype
+                dtype = factors if is_factor(f"{name}.{key}.", model) else old.dtype
                 made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
             module._parameters[key] = made[id(old)]

@@ -5,7 +5,7 @@ Shapes: an adapted layer's weight W0 is (m, n), stored (m, n) or, by a Conv1D, t
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from abba_cli.errors import ModelError
 from abba_cli.merge.dequantising import quantised_layers, round_trip
 from abba_cli.recorded_base import LayerKind
 from abba_cli.rundir import ADAPTER_FILES
-from abba_cli.saved_adapter import SavedAdapter
+from abba_cli.saved_adapter import SavedAdapter, Update
 
 # A block of rows is worked on in float32, with about four temporaries of its size.
 _BLOCK_BYTES = 32 * 2**20
@@ -94,14 +94,11 @@ class OutTensor:
         """The result in blocks of rows; the sum is made in float32 (float64 for a float64 base) and rounded once."""
         assert self.dtype is not None
         layer = self.parameter.removesuffix(".weight")
-        factors = [
-            (Factors(*(one.to(device, torch.float32) for one in adapter.factors(layer))), weight * adapter.layers[layer].s)
-            for adapter, weight in self.updates
-        ]
+        updates = [_Update.read(adapter, layer, weight, device) for adapter, weight in self.updates]
         rows = self.source.shape[0] if self.source.shape else 1
         step = max(1, _BLOCK_BYTES // 4 // max(1, self.source.size // self.source.torch_dtype.itemsize // max(1, rows)))
-        if self.quantised is not None:
-            step = rows  # the scales of the blocks of a weight are quantised together
+        if self.quantised is not None or (self.kind == "transposed" and any(one.lengths is not None for one in updates)):
+            step = rows  # the scales of the blocks of a weight are quantised together; lengths are those of whole rows of W0
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             base = self.source.rows(start, stop).to(device)
@@ -113,11 +110,42 @@ class OutTensor:
             else:
                 for trained, weight in self.whole:
                     wide = wide + weight * (trained.rows(start, stop).to(wide) - base.to(wide))
-            if factors:
-                cut = [(_cut(one, start, stop, self.kind), s) for one, s in factors]
-                matrix = wide.reshape(stop - start, -1)
-                wide = effective_weight(matrix, cut, self.kind == "transposed").view_as(wide)
+            if updates:
+                wide = _updated(wide.reshape(stop - start, -1), updates, start, stop, self.kind).view_as(wide)
             yield wide.to(self.dtype)
+
+
+class _Update(NamedTuple):
+    """One adapter's change of a layer: D = s (B1 A1) * (B2 A2), and what happens to W0 with it."""
+
+    how: Update
+    factors: Factors
+    s: float
+    weight: float
+    lengths: torch.Tensor | None
+
+    @classmethod
+    def read(cls, adapter: SavedAdapter, layer: str, weight: float, device: torch.device) -> "_Update":
+        factors = Factors(*(one.to(device, torch.float32) for one in adapter.factors(layer)))
+        lengths = adapter.magnitude(layer).to(device, torch.float32) if adapter.update == "normalised" else None
+        return cls(adapter.update, factors, adapter.layers[layer].s, weight, lengths)
+
+
+def _updated(block: torch.Tensor, updates: Sequence[_Update], start: int, stop: int, kind: LayerKind) -> torch.Tensor:
+    """A block of rows of the stored weight with all updates in it."""
+    transposed = kind == "transposed"
+    cut = [(one, _cut(one.factors, start, stop, kind)) for one in updates]
+    result = effective_weight(block, [(part, one.weight * one.s) for one, part in cut if one.how == "added"], transposed)
+    for one, part in cut:
+        if one.how == "multiplied":
+            result = result + block * effective_weight(None, [(part, one.weight * one.s)], transposed)
+        elif one.lengths is not None:
+            # DoRA, equation 5 of https://arxiv.org/abs/2402.09353: W0 + D with rows of the trained lengths
+            sums = effective_weight(block, [(part, one.s)], transposed)
+            lengths = one.lengths if transposed else one.lengths[start:stop, None]
+            scaled = sums * (lengths / sums.norm(dim=0 if transposed else 1, keepdim=True))
+            result = result + one.weight * (scaled - block)
+    return result
 
 
 def _cut(factors: Factors, start: int, stop: int, kind: LayerKind) -> Factors:

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from abba_cli.adapter import AbbaLayer
 from abba_cli.bases import Base
 from abba_cli.errors import ModelError
 from abba_cli.events import Listener, Stage
@@ -20,6 +19,7 @@ from abba_cli.hub import explain, no_progress_bars
 from abba_cli.loading import load_model
 from abba_cli.memory import available_memory
 from abba_cli.merge.tensors import Quantised
+from abba_cli.methods import factor_layers
 from abba_cli.recipe import ModelSection
 from abba_cli.saved_adapter import SavedAdapter
 
@@ -153,10 +153,10 @@ def _reference(
             model = PeftModel.from_pretrained(model, str(adapter.path), adapter_name=name)
     if len(names) > 1:
         model.base_model.set_adapter(names)
-    for module in model.modules():
-        if isinstance(module, AbbaLayer):
-            for name, (_, weight) in zip(names, adapters, strict=True):
-                module.set_scale(name, weight)
+    for _, layer in factor_layers(model):
+        for name, (_, weight) in zip(names, adapters, strict=True):
+            if weight != 1.0:
+                layer.scaling[name] *= weight
     model.eval()
     with explain(f"tokenizer of {base.location}"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.keywords())

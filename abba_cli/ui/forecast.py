@@ -77,13 +77,15 @@ def _cells(sizes: list[int], width: int) -> list[int]:
 
 
 def _show_layers(console: Console, plan: Plan) -> None:
-    shapes: dict[tuple[str, int, int, int, int], int] = {}
+    shapes: dict[tuple[str, int, int, tuple[int, ...], int], int] = {}
     for layer in plan.layers:
-        key = (layer.name.rpartition(".")[2], layer.m, layer.n, layer.r1, layer.r2)
+        key = (layer.name.rpartition(".")[2], layer.m, layer.n, layer.ranks, layer.parameters)
         shapes[key] = shapes.get(key, 0) + 1
-    table = _table("Adapted layers", "module", "count", "weight", "r1", "r2", "parameters")
-    for (name, m, n, r1, r2), count in shapes.items():
-        table.add_row(name, str(count), f"{m} x {n}", str(r1), str(r2), f"{count * (r1 + r2) * (m + n):,}")
+    table = _table(
+        "Adapted layers", "module", "count", "weight", "ranks" if len(plan.layers[0].ranks) > 1 else "rank", "parameters"
+    )
+    for (name, m, n, ranks, parameters), count in shapes.items():
+        table.add_row(name, str(count), f"{m} x {n}", ", ".join(map(str, ranks)), f"{count * parameters:,}")
     console.print(table)
 
 
