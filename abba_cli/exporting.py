@@ -103,6 +103,11 @@ def export(
     output = place(output or _default_output(adapter, folder, format))
     check_output(output, overwrite, command="export", sources=[folder])
     saved = open_adapter(folder)
+    if saved.update != "added" and format not in ("gguf", "abba"):
+        raise ModelError(
+            f"{folder} holds a {saved.method} adapter whose update is {saved.update}, not added, which {format} cannot hold; "
+            "export the merged model with --format gguf, or merge it"
+        )
     if rank is not None and rank > exact_rank(saved):
         raise ModelError(f"--rank {rank} is above {exact_rank(saved)}, at which the LoRA is exact; leave --rank out")
     if format == "gguf":
@@ -228,8 +233,5 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _write_card(folder: Path, name: str, saved: SavedAdapter, format: Format) -> None:
     base = saved.config.base_model_name_or_path
     known = Path(base).name if base and Path(base).is_absolute() else base or "its base"
-    text = (
-        f"`{saved.path.name}`, an ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238)) for `{known}`, exported as "
-        f"{format} by `abba export`."
-    )
+    text = f"`{saved.path.name}`, a trained {saved.method} adapter for `{known}`, exported as {format} by `abba export`."
     write_card(folder, name, base, "gguf" if format.startswith("gguf") else "peft", ["abba", format], text)

@@ -200,12 +200,20 @@ def describe(plan: MergePlan) -> dict[str, Any]:
     }
 
 
+_KINDS = {
+    "ABBA": "ABBA, [arXiv 2505.14238](https://arxiv.org/abs/2505.14238)",
+    "LORA": "LoRA, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685)",
+    "HIRA": "HiRA, [ICLR 2025](https://openreview.net/forum?id=TwJrTz9cRS)",
+    "LOHA": "LoHa, [arXiv 2108.06098](https://arxiv.org/abs/2108.06098)",
+}
+
+
 def _write_card(plan: MergePlan, folder: Path, name: str) -> None:
     base = plan.base.location
+    kinds = " and ".join(dict.fromkeys(_KINDS[adapter.method] for adapter, _ in plan.adapters))
     merged = " + ".join(f"{weight:g} * `{adapter.path.name}`" for adapter, weight in plan.adapters)
     text = (
-        f"`{Path(base).name if Path(base).is_absolute() else base}` with {merged} merged into its weights (ABBA adapters, "
-        "[arXiv 2505.14238](https://arxiv.org/abs/2505.14238)). A plain checkpoint: `AutoModelForCausalLM.from_pretrained` needs "
-        "nothing else."
+        f"`{Path(base).name if Path(base).is_absolute() else base}` with {merged} merged into its weights ({kinds}). A "
+        "plain checkpoint: `AutoModelForCausalLM.from_pretrained` needs nothing else."
     )
     write_card(folder, name, base, "transformers", ["abba", "merge"], text)

@@ -25,7 +25,12 @@ Progress = Callable[[int, int], None]
 
 # MaxLoRARanks in vllm/config/lora.py, https://docs.vllm.ai/en/stable/api/vllm/config/lora/
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_BIAS: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "abba_only": "lora_only"}
+_BIAS: dict[str, Literal["none", "all", "lora_only"]] = {
+    "none": "none",
+    "all": "all",
+    "abba_only": "lora_only",
+    "lora_only": "lora_only",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def write_lora(
     """
     transposed = _transposed(adapter, kinds)
     chosen = _check_rank(adapter, rank)
-    bias = _BIAS[adapter.config.bias]
+    bias = _BIAS[getattr(adapter.config, "bias", "none")]
     config = LoraConfig(r=chosen, lora_alpha=chosen, bias=bias, fan_in_fan_out=transposed, **common_settings(adapter))
     config.save_pretrained(str(folder))
     before, factors, after = _layout(adapter, chosen, getattr(torch, dtype))

@@ -1,9 +1,9 @@
-"""A saved adapter once more in ABBA's own form: only the adapter, out of a run or a checkpoint with everything around it."""
+"""A saved adapter once more in its own form: only the adapter, out of a run or a checkpoint with everything around it."""
 
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from abba_cli.export.lora import Dtype, rounded
 from abba_cli.rundir import ADAPTER_FILES
@@ -25,9 +25,9 @@ def write_abba(adapter: SavedAdapter, folder: Path, dtype: Dtype | None = None) 
     if dtype is None:
         shutil.copyfile(adapter.path / ADAPTER_FILES[1], folder / ADAPTER_FILES[1])
         return
-    tensors = {key: adapter.parameter(name) for name, key in adapter.whole.items()}
-    for name in adapter.layers:
-        factors = adapter.factors(name)
-        for letter, factor in zip(factors._fields, factors, strict=True):
-            tensors[f"base_model.model.{name}.abba_{letter}"] = rounded(name, factor, dtype)
+    whole = set(adapter.whole.values())
+    tensors = {
+        key: one if key in whole else rounded(key.removeprefix("base_model.model."), one, dtype)
+        for key, one in load_file(adapter.path / ADAPTER_FILES[1]).items()
+    }
     save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
