@@ -1,4 +1,4 @@
-"""The methods to compare with: the same recipe trains them at equal size, goes on, and merges to what PEFT itself makes of them."""
+"""The methods to compare with: a recipe trains them at equal size, goes on, and merges to what PEFT itself makes of them."""
 
 import json
 from collections.abc import Callable
