@@ -18,13 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from abba_cli.adapter import svd_progress
 from abba_cli.adapter.layer import weight_shape
-from abba_cli.adapter_section import AdapterSection
 from abba_cli.bases import Base
 from abba_cli.errors import ModelError
 from abba_cli.hub import explain
 from abba_cli.loading import skeleton
 from abba_cli.methods import DECISIVE, adapter_config, factor_layers, is_factor, ranks_of, without_start
 from abba_cli.recipe import ModelSection
+from abba_cli.recipe_adapter import AdapterSection
 
 
 def attach_adapter(

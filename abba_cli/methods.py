@@ -11,8 +11,8 @@ from torch import nn
 
 from abba_cli.adapter import AbbaConfig, scale
 from abba_cli.adapter.layer import AbbaLayer
-from abba_cli.adapter_section import AdapterSection
 from abba_cli.bases import Base
+from abba_cli.recipe_adapter import AdapterSection
 
 CONFIGS: dict[str, type[PeftConfig]] = {"ABBA": AbbaConfig, "LORA": LoraConfig, "HIRA": HiraConfig, "LOHA": LoHaConfig}
 """PEFT's names of the methods, as adapter_config.json has them, and their settings."""

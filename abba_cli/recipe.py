@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from abba_cli.adapter_section import AdapterSection
-from abba_cli.section import Section, Share, Text
+from abba_cli.recipe_adapter import AdapterSection
+from abba_cli.recipe_section import Section, Share, Text
 
 
 def _list_of_one(value: Any) -> Any:

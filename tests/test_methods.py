@@ -215,6 +215,6 @@ def test_another_method_in_the_directory_is_another_recipe(base: Path, recipe_fi
 
 def test_the_layers_of_the_tests_are_those_of_the_recipe() -> None:
     """The sizes above are of these."""
-    from abba_cli.adapter_section import AdapterSection
+    from abba_cli.recipe_adapter import AdapterSection
 
     assert AdapterSection().targets == LLAMA_LAYERS

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from abba_cli.errors import DataError
 from abba_cli.plain_yaml import parse_yaml
-from abba_cli.section import Regex, Section, Text
+from abba_cli.recipe_section import Regex, Section, Text
 
 GROUPS = {
     # The order of the paper's table 1.

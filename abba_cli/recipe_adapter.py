@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from abba_cli.section import LayerNames, Rank, Regex, Section, Share
+from abba_cli.recipe_section import LayerNames, Rank, Regex, Section, Share
 
 Method = Literal["abba", "lora", "rslora", "dora", "hira", "loha"]
 METHODS: tuple[str, ...] = get_args(Method)
