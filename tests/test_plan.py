@@ -24,7 +24,8 @@ def test_parameters_are_those_of_the_trained_model(recipe_file: RecipeFile, over
     model = AutoPeftModelForCausalLM.from_pretrained(run.path, is_trainable=True)
     assert plan.trainable == sum(one.numel() for one in model.parameters() if one.requires_grad)
     assert plan.total == sum(one.numel() for one in model.parameters())
-    factors = sum((layer.r1 + layer.r2) * (layer.m + layer.n) for layer in plan.layers)
+    factors = sum(sum(layer.ranks) * (layer.m + layer.n) for layer in plan.layers)
+    assert factors == sum(layer.parameters for layer in plan.layers)
     assert factors == sum(one.numel() for name, one in model.named_parameters() if "abba_" in name)
 
 

@@ -87,6 +87,8 @@ def verify_merge(
     """
     if any(adapter.whole for adapter, _ in adapters) and (len(adapters) > 1 or adapters[0][1] != 1.0):
         return None, "PEFT has no weighted sum of modules that were trained whole, so there is nothing to compare with"
+    if any(adapter.update != "added" for adapter, _ in adapters) and (len(adapters) > 1 or adapters[0][1] != 1.0):
+        return None, "PEFT has no weighted sum of updates that are not added (HiRA, DoRA), so there is nothing to compare with"
     device = PartialState().device
     room = available_memory(device)
     narrowest = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).eps)
@@ -155,7 +157,7 @@ def _reference(
         model.base_model.set_adapter(names)
     for _, layer in factor_layers(model):
         for name, (_, weight) in zip(names, adapters, strict=True):
-            if weight != 1.0:
+            if weight != 1.0 and name in layer.scaling:
                 layer.scaling[name] *= weight
     model.eval()
     with explain(f"tokenizer of {base.location}"):
