@@ -1,0 +1,157 @@
+"""What the fits say: mean errors by matrix or type of layer, a one-line answer, and both as Markdown."""
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from abba_cli.evaluation.reporting.tables import escape_markdown, markdown_row
+from abba_cli.reconstruction.records import Fit
+
+LABELS = {"lora": "LoRA", "abba": "ABBA", "loha": "LoHa's start"}
+_NAMED_LOSSES = 3
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Errors by group, method and rank.
+
+    Args:
+        groups: Matrices, or types of layers.
+        methods: In the order of the tables.
+        ranks: Ascending.
+        sizes: Matrices of each group.
+        errors: The best of the restarts, as a mean over the matrices of a group.
+        spread: The lowest and highest error of all fits of a group.
+        wins: By method and rival, of all pairs of matrix and rank: in how many the method's best error is the lower one.
+        ratios: By method and rival, the median of the two errors' ratio.
+        losses: By method and rival, the pairs that are no wins, as names.
+        starts: How often each start was ABBA's best.
+        seconds: Of all fits.
+    """
+
+    groups: Sequence[str]
+    methods: Sequence[str]
+    ranks: Sequence[int]
+    sizes: Mapping[str, int]
+    errors: Mapping[tuple[str, str, int], float]
+    spread: Mapping[tuple[str, str, int], tuple[float, float]]
+    wins: Mapping[tuple[str, str], tuple[int, int]]
+    ratios: Mapping[tuple[str, str], float]
+    losses: Mapping[tuple[str, str], Sequence[str]]
+    starts: Mapping[str, int]
+    seconds: float
+
+
+def summarise(fits: Sequence[Fit]) -> Summary:
+    """Put the fits of one call together."""
+    groups = list(dict.fromkeys(fit.group for fit in fits))
+    methods = [method for method in LABELS if any(fit.method == method for fit in fits)]
+    best: dict[tuple[str, str, str, int], Fit] = {}
+    for fit in fits:
+        key = (fit.group, fit.matrix, fit.method, fit.rank)
+        if key not in best or fit.error < best[key].error:
+            best[key] = fit
+    errors: dict[tuple[str, str, int], list[float]] = {}
+    everything: dict[tuple[str, str, int], list[float]] = {}
+    for (group, _, method, rank), fit in best.items():
+        errors.setdefault((group, method, rank), []).append(fit.error)
+    for fit in fits:
+        everything.setdefault((fit.group, fit.method, fit.rank), []).append(fit.error)
+    wins, ratios, losses = {}, {}, {}
+    for method, rival in [("abba", "lora"), ("abba", "loha")]:
+        pairs = [
+            (f"{matrix} at rank {rank}", fit.error, best[group, matrix, rival, rank].error)
+            for (group, matrix, name, rank), fit in best.items()
+            if name == method and (group, matrix, rival, rank) in best
+        ]
+        if pairs:
+            wins[method, rival] = sum(mine < theirs for _, mine, theirs in pairs), len(pairs)
+            ratios[method, rival] = statistics.median(mine / theirs if theirs else 1.0 for _, mine, theirs in pairs)
+            losses[method, rival] = [name for name, mine, theirs in pairs if not mine < theirs]
+    return Summary(
+        groups=groups,
+        methods=methods,
+        ranks=sorted({fit.rank for fit in fits}),
+        sizes={group: len({fit.matrix for fit in fits if fit.group == group}) for group in groups},
+        errors={key: statistics.fmean(values) for key, values in errors.items()},
+        spread={key: (min(values), max(values)) for key, values in everything.items()},
+        wins=wins,
+        ratios=ratios,
+        losses=losses,
+        starts=Counter(fit.start for (_, _, method, _), fit in best.items() if method == "abba"),
+        seconds=sum(fit.seconds for fit in fits),
+    )
+
+
+def answer(summary: Summary) -> str:
+    """One line for a person who asks which method holds these matrices best."""
+    said = []
+    for (method, rival), (won, pairs) in summary.wins.items():
+        text = f"{LABELS[method]}'s error is below that of {LABELS[rival]} in {won} of {pairs} cases"
+        said.append(f"{text} (median ratio {summary.ratios[method, rival]:.2f}{_except(summary.losses[method, rival], won)})")
+    return f"At equal numbers of parameters, {'; '.join(said)}." if said else "One method alone: nothing to compare."
+
+
+def _except(losses: Sequence[str], won: int) -> str:
+    if not losses or not won:
+        return ""
+    more = f" and {len(losses) - _NAMED_LOSSES} more" if len(losses) > _NAMED_LOSSES else ""
+    return f"; not for {', '.join(losses[:_NAMED_LOSSES])}{more}"
+
+
+def grid(summary: Summary) -> tuple[list[str], list[tuple[list[str], list[bool]]]]:
+    """Headings, and for each line its cells and which of them are the lowest error of their group and rank."""
+    lines = []
+    for group in summary.groups:
+        size = summary.sizes[group]
+        name = f"{group} ({size} layers)" if size > 1 else group
+        lowest = {rank: min(summary.errors[group, method, rank] for method in summary.methods) for rank in summary.ranks}
+        for place, method in enumerate(summary.methods):
+            errors = [summary.errors[group, method, rank] for rank in summary.ranks]
+            marks = [error == lowest[rank] for error, rank in zip(errors, summary.ranks, strict=True)]
+            lines.append(([name if place == 0 else "", LABELS[method], *map(show_error, errors)], [False, False, *marks]))
+    return ["matrix", "method", *(f"rank {rank}" for rank in summary.ranks)], lines
+
+
+def show_error(error: float) -> str:
+    """Three digits, however small."""
+    return f"{error:.3f}" if error >= 0.0995 else f"{error:.4f}" if error >= 0.00095 else f"{error:.1e}"
+
+
+def markdown(summary: Summary, solver: str, restarts: int) -> str:
+    """The answer, the table, and how its numbers came about."""
+    headings, lines = grid(summary)
+    rows = [
+        markdown_row(
+            [f"**{escape_markdown(cell)}**" if mark else escape_markdown(cell) for cell, mark in zip(*line, strict=True)]
+        )
+        for line in lines
+    ]
+    text = [
+        answer(summary),
+        "",
+        markdown_row(headings),
+        "|" + "|".join([" --- ", " --- ", *[" ---: "] * len(summary.ranks)]) + "|",
+        *rows,
+        "",
+        *(f"- {note}" for note in notes(summary, solver, restarts)),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def notes(summary: Summary, solver: str, restarts: int) -> list[str]:
+    """What a reader of the table has to know."""
+    told = [
+        "Squared relative error, the lowest of each matrix and rank in bold; every method has the parameters of a LoRA of that rank."
+    ]
+    if any(method != "lora" for method in summary.methods):
+        way = "alternating least squares" if solver == "als" else "Adam"
+        told.append(
+            f"LoRA by SVD, which is exact; the others the best of {restarts} starts, by {way}, which may miss the best there is."
+        )
+    if summary.starts:
+        told.append("ABBA's best start: " + ", ".join(f"{name} {count}" for name, count in summary.starts.items()) + ".")
+    if any(size > 1 for size in summary.sizes.values()):
+        told.append("Means over the layers of a type, each counting alike.")
+    return told
