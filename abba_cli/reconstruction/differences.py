@@ -25,20 +25,18 @@ def find_differences(base: str, tuned: str, patterns: Sequence[str]) -> list[Tar
         ModelError: A model cannot be had, a pattern matches nothing, the shapes differ, or nothing was changed.
     """
     before, after = read_weights(base), read_weights(tuned)
-    layers = {
-        layer: (weight, old) for layer, weight in _layers(after).items() if (old := before.tensors.get(f"{layer}{_WEIGHT}"))
-    }
+    olds = _layers(before)
+    layers = {layer: (new, olds[layer]) for layer, new in _layers(after).items() if layer in olds}
     chosen = _choose(layers, patterns, after)
     for layer, (new, old) in chosen.items():
         if new.shape != old.shape:
             raise ModelError(
-                f"{layer} is {list(old.shape)} in {before.folder} and {list(new.shape)} in {after.folder}; is {base} the base of {tuned}?"
+                f"{layer} is {list(old.shape)} in {before.folder} and {list(new.shape)} in {after.folder}; is the one "
+                "the base of the other?"
             )
     changed = {layer: pair for layer, pair in chosen.items() if _difference(*pair).any()}
     if not changed:
-        raise ModelError(
-            f"none of {len(chosen)} layers differs between {before.folder} and {after.folder}; expected a tuned model"
-        )
+        raise ModelError(f"{len(chosen)} layers of {before.folder} and {after.folder} are all equal; expected a tuned model")
     return [
         Target(layer, layer.rpartition(".")[2], lambda pair=pair: _difference(*pair))  # type: ignore[misc]
         for layer, pair in changed.items()

@@ -1,4 +1,4 @@
-"""The experiment: each method fits each matrix at each budget, from several starts; what is in the table already is not done again."""
+"""The experiment: each method fits each matrix at each budget, from several starts; what is in the table is not done again."""
 
 import functools
 import hashlib
@@ -94,7 +94,7 @@ def check_matrix(name: str, M: torch.Tensor, ranks: Sequence[int]) -> None:
         raise DataError(f"{name} is zero everywhere; there is nothing to approximate")
     if max(ranks) > min(M.shape):
         raise DataError(
-            f"--ranks: {max(ranks)} is too large for {name} of {M.shape[0]} x {M.shape[1]}; expected at most {min(M.shape)}"
+            f"--ranks: {max(ranks)} is too large for {name} of {M.shape[0]} x {M.shape[1]}; expected {min(M.shape)} or less"
         )
 
 

@@ -123,10 +123,8 @@ def markdown(summary: Summary, solver: str, restarts: int) -> str:
     """The answer, the table, and how its numbers came about."""
     headings, lines = grid(summary)
     rows = [
-        markdown_row(
-            [f"**{escape_markdown(cell)}**" if mark else escape_markdown(cell) for cell, mark in zip(*line, strict=True)]
-        )
-        for line in lines
+        markdown_row([f"**{cell}**" if mark else escape_markdown(cell) for cell, mark in zip(cells, marks, strict=True)])
+        for cells, marks in lines
     ]
     text = [
         answer(summary),
@@ -143,12 +141,12 @@ def markdown(summary: Summary, solver: str, restarts: int) -> str:
 def notes(summary: Summary, solver: str, restarts: int) -> list[str]:
     """What a reader of the table has to know."""
     told = [
-        "Squared relative error, the lowest of each matrix and rank in bold; every method has the parameters of a LoRA of that rank."
+        "Squared relative error, the lowest in bold or with a star; each method has as many parameters as a LoRA of that rank."
     ]
     if any(method != "lora" for method in summary.methods):
         way = "alternating least squares" if solver == "als" else "Adam"
         told.append(
-            f"LoRA by SVD, which is exact; the others the best of {restarts} starts, by {way}, which may miss the best there is."
+            f"LoRA by SVD, which is exact; the others by {way}, the best of {restarts} starts, which may not be the best of all."
         )
     if summary.starts:
         told.append("ABBA's best start: " + ", ".join(f"{name} {count}" for name, count in summary.starts.items()) + ".")

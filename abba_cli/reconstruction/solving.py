@@ -5,7 +5,7 @@ Shape legend
     W (m, n)       the product of the pair that is held fixed while the other one is solved for
     r1, r2, B1, A1, B2, A2     as in `adapter/factors.py`
 
-Errors are squared and relative: ||M - (B1 A1) * (B2 A2)||^2 / ||M||^2. The scale s is 1 here: any other is taken up by the factors.
+Errors are squared and relative: ||M - (B1 A1) * (B2 A2)||^2 / ||M||^2. The scale s is 1 here: the factors take up any other.
 """
 
 from collections.abc import Sequence
@@ -55,9 +55,9 @@ def alternating_least_squares(
 ) -> Solution:
     """Solve for one factor after the other, each exactly, until the error stands still.
 
-    With three factors fixed the error is an ordinary least-squares problem in the fourth, and falls apart into one small problem for
-    each row of a B or column of an A. Plain sweeps become slow near the end, so each starts from a point ahead of the last two; where
-    that does not lower the error, it starts from the last point, from where it cannot rise.
+    With three factors fixed the error is an ordinary least-squares problem in the fourth, and falls apart into one small problem
+    for each row of a B or column of an A. Plain sweeps become slow near the end, so each starts from a point ahead of the last
+    two; where that does not lower the error, it starts from the last point, from where it cannot rise.
 
     Args:
         M: Shape (m, n), float32 or float64, with entries of about 1.
@@ -107,8 +107,8 @@ def solve_rows(M: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tenso
         M: Shape (m, n).
         W: Shape (m, n).
         A: Shape (r, n).
-        B: The last one, (m, r). What the equations leave open, such as all of a row in which W is zero, stays as it is there: a weight
-            of rounding's size holds the result to B, which can slow the descent but never turn it.
+        B: The last one, (m, r). What the equations leave open, such as all of a row in which W is zero, stays as it is there: a
+            weight of rounding's size holds the result to B, which can slow the descent but never turn it.
 
     Returns:
         Shape (m, r).

@@ -37,7 +37,7 @@ def draw(start: Start, M: torch.Tensor, r1: int, r2: int, seed: int) -> Factors:
     """
     m, n = M.shape
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # type: ignore[no-untyped-call]
+        torch.manual_seed(seed)
         match start:
             case "svd":
                 B2, A2 = _noise(m, r2), _noise(r2, n)
