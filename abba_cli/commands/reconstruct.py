@@ -50,6 +50,7 @@ def reconstruct(
     size: Annotated[int, typer.Option(help="Sides of a made matrix; longest side of an image.", min=8, max=16384)] = 256,
     restarts: Annotated[int, typer.Option(help="Starts of ABBA and of LoHa; the best one counts.", min=1, max=1000)] = 4,
     solver: Annotated[SolverName, typer.Option(help="Alternating least squares, or Adam.")] = SolverName.als,
+    sweeps: Annotated[int, typer.Option(help="The most that a fit may take; Adam makes 4 steps for each.", min=1)] = 500,
     base: Annotated[str | None, typer.Option(help="With --tuned: the model before, as hub id, folder or package:NAME.")] = None,
     tuned: Annotated[str | None, typer.Option(help="The model after; what is approximated is tuned - base.")] = None,
     seed: Annotated[int, typer.Option(help="Of the matrices and the starts.", min=0, max=2**31)] = 0,
@@ -73,7 +74,7 @@ def reconstruct(
 
     output = output.expanduser()
     console = open_console()
-    plan = Plan(chosen_ranks, chosen_methods, solver.value, restarts, seed)  # type: ignore[arg-type]
+    plan = Plan(chosen_ranks, chosen_methods, solver.value, restarts, seed, sweeps)  # type: ignore[arg-type]
     with (
         interruptible(f"the same command goes on after the last fit in {output / CSV}"),
         ReconstructionDisplay(console) as display,

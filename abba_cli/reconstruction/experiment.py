@@ -15,11 +15,12 @@ from abba_cli.errors import DataError
 from abba_cli.events import Event, Stage
 from abba_cli.reconstruction.matrices import Target
 from abba_cli.reconstruction.records import Fit, read_fits, write_fits
-from abba_cli.reconstruction.solving import adam, alternating_least_squares, lora_errors
+from abba_cli.reconstruction.solving import MOST_SWEEPS, adam, alternating_least_squares, lora_errors
 from abba_cli.reconstruction.starts import Start, abba_start, draw
 
 Method = Literal["lora", "abba", "loha"]
 Solver = Literal["als", "adam"]
+ADAM_STEPS_PER_SWEEP = 4  # which takes about as long where r1 and r2 are 16, and ends as low
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Plan:
         solver: Of ABBA and LoHa.
         restarts: Fits of ABBA and LoHa for each matrix and rank.
         seed: Of the starts.
+        sweeps: The most that a fit may take; Adam makes `ADAM_STEPS_PER_SWEEP` steps for each.
     """
 
     ranks: Sequence[int]
@@ -39,6 +41,7 @@ class Plan:
     solver: Solver = "als"
     restarts: int = 3
     seed: int = 0
+    sweeps: int = MOST_SWEEPS
 
 
 def split(rank: int) -> tuple[int, int]:
@@ -106,25 +109,30 @@ def _fits(target: Target, M: torch.Tensor, digest: str, plan: Plan) -> Iterator[
     for rank in plan.ranks:
         r1, r2 = split(rank)
         for method in plan.methods:
-            for restart in range(1 if method == "lora" else plan.restarts):
-                start = None if method == "lora" else "loha" if method == "loha" else abba_start(restart)
-                pending = Fit(
-                    target.name, target.group, digest, m, n, method,
-                    solver="svd" if method == "lora" else plan.solver,
-                    rank=rank, r1=r1 if start else 0, r2=r2 if start else 0, parameters=rank * (m + n),
-                    restart=restart, start=start or "", seed=plan.seed if start else 0, error=0.0, steps=0, seconds=0.0,
-                )  # fmt: skip
-                yield pending, functools.partial(_make, pending, on_device, start, lora)
+            pending = Fit(target.name, target.group, digest, m, n, method, rank=rank, parameters=rank * (m + n))
+            if method == "lora":
+                yield pending, functools.partial(_decompose, pending, lora)
+                continue
+            for restart in range(plan.restarts):
+                start = "loha" if method == "loha" else abba_start(restart)
+                pending = replace(
+                    pending, solver=plan.solver, r1=r1, r2=r2, restart=restart, start=start, seed=plan.seed, limit=plan.sweeps
+                )
+                yield pending, functools.partial(_solve, pending, on_device, start)
 
 
-def _make(pending: Fit, M: torch.Tensor, start: Start | None, lora: Callable[[], dict[int, float]]) -> Fit:
+def _decompose(pending: Fit, errors: Callable[[], dict[int, float]]) -> Fit:
     began = time.perf_counter()
-    if start is None:
-        error, steps = lora()[pending.rank], 0
+    return replace(pending, error=errors()[pending.rank], seconds=round(time.perf_counter() - began, 3))
+
+
+def _solve(pending: Fit, M: torch.Tensor, start: Start) -> Fit:
+    began = time.perf_counter()
+    # A seed of its own for each restart, and another one than those of the next seed's.
+    factors = draw(start, M, pending.r1, pending.r2, seed=1000 * pending.seed + pending.restart)
+    if pending.solver == "als":
+        solution = alternating_least_squares(M, factors, most_sweeps=pending.limit)
     else:
-        # A seed of its own for each restart, and another one than that of the next call's first.
-        factors = draw(start, M, pending.r1, pending.r2, seed=1000 * pending.seed + pending.restart)
-        solution = (alternating_least_squares if pending.solver == "als" else adam)(M, factors)
-        error, steps = solution.error, len(solution.errors) - 1
+        solution = adam(M, factors, steps=ADAM_STEPS_PER_SWEEP * pending.limit)
     seconds = round(time.perf_counter() - began, 3)
-    return replace(pending, error=error, steps=steps, seconds=seconds)
+    return replace(pending, error=solution.error, steps=len(solution.errors) - 1, seconds=seconds)

@@ -24,16 +24,17 @@ class Fit:
         m: Its rows.
         n: Its columns.
         method: lora, abba or loha.
-        solver: svd, als or adam.
         rank: LoRA's rank of the same number of parameters.
+        parameters: How many numbers the factors hold.
+        solver: svd, als or adam.
         r1: Rank of the first pair; 0 for LoRA.
         r2: Rank of the second pair; 0 for LoRA.
-        parameters: How many numbers the factors hold.
         restart: From 0.
         start: Where the factors began; empty for LoRA.
         seed: Of the start.
+        limit: Sweeps that were allowed; 0 for LoRA.
+        steps: Sweeps that were made, or steps of Adam.
         error: Squared relative error.
-        steps: Sweeps or steps that were made.
         seconds: Time that it took.
     """
 
@@ -43,22 +44,23 @@ class Fit:
     m: int
     n: int
     method: str
-    solver: str
     rank: int
-    r1: int
-    r2: int
     parameters: int
-    restart: int
-    start: str
-    seed: int
-    error: float
-    steps: int
-    seconds: float
+    solver: str = "svd"
+    r1: int = 0
+    r2: int = 0
+    restart: int = 0
+    start: str = ""
+    seed: int = 0
+    limit: int = 0
+    steps: int = 0
+    error: float = 1.0
+    seconds: float = 0.0
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, int, int]:
+    def key(self) -> tuple[str, str, str, str, int, int, int, int]:
         """What makes it the same fit as one of an earlier call."""
-        return self.matrix, self.digest, self.method, self.solver, self.rank, self.restart, self.seed
+        return self.matrix, self.digest, self.method, self.solver, self.rank, self.restart, self.seed, self.limit
 
 
 def read_fits(folder: Path) -> list[Fit]:

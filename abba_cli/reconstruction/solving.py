@@ -17,7 +17,6 @@ from abba_cli.adapter.factors import Factors, delta_weight
 
 TOLERANCE = 1e-6  # a sweep that lowers the error by a smaller share of it is the last
 MOST_SWEEPS = 500
-ADAM_STEPS = 2000
 ADAM_RATE = 0.05  # of 0.01, 0.03, 0.05 and 0.1 none was better by more than 0.5% of the error (benchmarks/LOG.md)
 
 
@@ -128,7 +127,7 @@ def solve_rows(M: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tenso
     return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
 
 
-def adam(M: torch.Tensor, start: Factors, steps: int = ADAM_STEPS, learning_rate: float = ADAM_RATE) -> Solution:
+def adam(M: torch.Tensor, start: Factors, steps: int, learning_rate: float = ADAM_RATE) -> Solution:
     """Follow the gradient of the error in all four factors with Adam, under a cosine schedule; for comparison.
 
     Args:

@@ -65,7 +65,7 @@ def test_what_is_done_is_not_done_again(abba: Abba, tmp_path: Path, monkeypatch:
     command = ("reconstruct", "random", "--size", 16, "--ranks", "4", "--restarts", 1, "--output", tmp_path)
     assert abba(*command)[0] == 0
     first = rows_of(tmp_path)
-    monkeypatch.setattr("abba_cli.reconstruction.experiment._make", lambda *_: pytest.fail("was fitted again"))
+    monkeypatch.setattr("abba_cli.reconstruction.experiment._solve", lambda *_: pytest.fail("was fitted again"))
     assert abba(*command)[0] == 0
     assert rows_of(tmp_path) == first
     monkeypatch.undo()
@@ -140,11 +140,26 @@ def test_layers_by_type(abba: Abba, tmp_path: Path) -> None:
 
 
 def test_adam_and_one_method(abba: Abba, tmp_path: Path) -> None:
-    command = ("reconstruct", "random", "--size", 12, "--ranks", "4", "--restarts", 1, "--solver", "adam", "--output", tmp_path)
+    command = (
+        "reconstruct",
+        "random",
+        "--size",
+        12,
+        "--ranks",
+        "4",
+        "--restarts",
+        1,
+        "--solver",
+        "adam",
+        "--sweeps",
+        50,
+        "--output",
+        tmp_path,
+    )
     code, out, err = abba(*command, "--methods", "abba")
     assert code == 0, err
     assert "nothing to compare" in out
-    assert [(row["method"], row["solver"], row["steps"]) for row in rows_of(tmp_path)] == [("abba", "adam", "2000")]
+    assert [(row["method"], row["solver"], row["steps"]) for row in rows_of(tmp_path)] == [("abba", "adam", "200")]
 
 
 @pytest.mark.parametrize(
