@@ -9,7 +9,28 @@ from abba_cli.evaluation.reporting.tables import escape_markdown, markdown_row
 from abba_cli.reconstruction.records import Fit
 
 LABELS = {"lora": "LoRA", "abba": "ABBA", "loha": "LoHa's start"}
+_RIVALS = {"lora": "LoRA's", "loha": "that from LoHa's start"}
 _NAMED_LOSSES = 3
+_LEVEL = 0.01  # errors that differ by a smaller share of the larger one are called level: another start moves them as much
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two methods over all pairs of matrix and rank, the best of the restarts of each.
+
+    Args:
+        rival: Whom ABBA is compared with.
+        lower: In how many pairs ABBA's error is lower.
+        level: In how many they are within 1% of each other.
+        higher: The pairs in which ABBA's error is higher, as names.
+        ratio: The median of ABBA's error over the rival's.
+    """
+
+    rival: str
+    lower: int
+    level: int
+    higher: Sequence[str]
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -23,9 +44,7 @@ class Summary:
         sizes: Matrices of each group.
         errors: The best of the restarts, as a mean over the matrices of a group.
         spread: The lowest and highest error of all fits of a group.
-        wins: By method and rival, of all pairs of matrix and rank: in how many the method's best error is the lower one.
-        ratios: By method and rival, the median of the two errors' ratio.
-        losses: By method and rival, the pairs that are no wins, as names.
+        duels: ABBA beside each other method.
         starts: How often each start was ABBA's best.
         seconds: Of all fits.
     """
@@ -36,9 +55,7 @@ class Summary:
     sizes: Mapping[str, int]
     errors: Mapping[tuple[str, str, int], float]
     spread: Mapping[tuple[str, str, int], tuple[float, float]]
-    wins: Mapping[tuple[str, str], tuple[int, int]]
-    ratios: Mapping[tuple[str, str], float]
-    losses: Mapping[tuple[str, str], Sequence[str]]
+    duels: Sequence[Duel]
     starts: Mapping[str, int]
     seconds: float
 
@@ -58,17 +75,6 @@ def summarise(fits: Sequence[Fit]) -> Summary:
         errors.setdefault((group, method, rank), []).append(fit.error)
     for fit in fits:
         everything.setdefault((fit.group, fit.method, fit.rank), []).append(fit.error)
-    wins, ratios, losses = {}, {}, {}
-    for method, rival in [("abba", "lora"), ("abba", "loha")]:
-        pairs = [
-            (f"{matrix} at rank {rank}", fit.error, best[group, matrix, rival, rank].error)
-            for (group, matrix, name, rank), fit in best.items()
-            if name == method and (group, matrix, rival, rank) in best
-        ]
-        if pairs:
-            wins[method, rival] = sum(mine < theirs for _, mine, theirs in pairs), len(pairs)
-            ratios[method, rival] = statistics.median(mine / theirs if theirs else 1.0 for _, mine, theirs in pairs)
-            losses[method, rival] = [name for name, mine, theirs in pairs if not mine < theirs]
     return Summary(
         groups=groups,
         methods=methods,
@@ -76,28 +82,42 @@ def summarise(fits: Sequence[Fit]) -> Summary:
         sizes={group: len({fit.matrix for fit in fits if fit.group == group}) for group in groups},
         errors={key: statistics.fmean(values) for key, values in errors.items()},
         spread={key: (min(values), max(values)) for key, values in everything.items()},
-        wins=wins,
-        ratios=ratios,
-        losses=losses,
+        duels=[_duel(best, rival) for rival in methods if rival != "abba" and "abba" in methods],
         starts=Counter(fit.start for (_, _, method, _), fit in best.items() if method == "abba"),
         seconds=sum(fit.seconds for fit in fits),
+    )
+
+
+def _duel(best: Mapping[tuple[str, str, str, int], Fit], rival: str) -> Duel:
+    pairs = [
+        (f"{matrix} at rank {rank}", fit.error, best[group, matrix, rival, rank].error)
+        for (group, matrix, method, rank), fit in best.items()
+        if method == "abba"
+    ]
+    apart = [(name, mine, theirs) for name, mine, theirs in pairs if abs(mine - theirs) > _LEVEL * max(mine, theirs)]
+    return Duel(
+        rival=rival,
+        lower=sum(mine < theirs for _, mine, theirs in apart),
+        level=len(pairs) - len(apart),
+        higher=[name for name, mine, theirs in apart if mine > theirs],
+        ratio=statistics.median(mine / theirs if theirs else 1.0 for _, mine, theirs in pairs),
     )
 
 
 def answer(summary: Summary) -> str:
     """One line for a person who asks which method holds these matrices best."""
     said = []
-    for (method, rival), (won, pairs) in summary.wins.items():
-        text = f"{LABELS[method]}'s error is below that of {LABELS[rival]} in {won} of {pairs} cases"
-        said.append(f"{text} (median ratio {summary.ratios[method, rival]:.2f}{_except(summary.losses[method, rival], won)})")
-    return f"At equal numbers of parameters, {'; '.join(said)}." if said else "One method alone: nothing to compare."
-
-
-def _except(losses: Sequence[str], won: int) -> str:
-    if not losses or not won:
-        return ""
-    more = f" and {len(losses) - _NAMED_LOSSES} more" if len(losses) > _NAMED_LOSSES else ""
-    return f"; not for {', '.join(losses[:_NAMED_LOSSES])}{more}"
+    for duel in summary.duels:
+        named = ", ".join(duel.higher[:_NAMED_LOSSES])
+        more = f" and {len(duel.higher) - _NAMED_LOSSES} more" if len(duel.higher) > _NAMED_LOSSES else ""
+        cases = duel.lower + duel.level + len(duel.higher)
+        said.append(
+            f"below {_RIVALS[duel.rival]} in {duel.lower} of {cases} cases, within 1% of it in {duel.level}, above it in "
+            f"{len(duel.higher)}{f' ({named}{more})' if named else ''}, median ratio {duel.ratio:.2f}"
+        )
+    return (
+        f"At equal numbers of parameters ABBA's error is {'; '.join(said)}." if said else "ABBA and no rival: nothing to compare."
+    )
 
 
 def grid(summary: Summary) -> tuple[list[str], list[tuple[list[str], list[bool]]]]:

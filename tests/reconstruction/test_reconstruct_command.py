@@ -36,7 +36,7 @@ def test_table_files_and_equal_budgets(abba: Abba, tmp_path: Path) -> None:
         "rank 4",
         "rank 5",
         "LoHa's start",
-        "At equal numbers of parameters, ABBA's error is below that of",
+        "At equal numbers of parameters ABBA's error is below LoRA's in",
     ):
         assert wanted in out
     assert "\x1b" not in out
@@ -74,7 +74,7 @@ def test_what_is_done_is_not_done_again(abba: Abba, tmp_path: Path, monkeypatch:
     assert code == 0, err
     assert rows_of(tmp_path)[:3] == first
     assert len(rows_of(tmp_path)) == 6
-    assert "in 1 of 1 cases" in out or "in 0 of 1 cases" in out
+    assert "of 1 cases" in out
 
 
 def test_a_killed_run_goes_on(abba: Abba, tmp_path: Path) -> None:
