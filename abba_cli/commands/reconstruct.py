@@ -38,7 +38,7 @@ def reconstruct(
         typer.Argument(
             help="random, orthogonal, sparse, low-rank, block-diagonal, an image file, or CHECKPOINT:TENSOR. "
             "With --base and --tuned: types (q_proj) or names of layers, with wildcards; all by default.",
-            metavar="MATRIX...",
+            metavar="MATRIX",
             show_default=False,
         ),
     ] = None,

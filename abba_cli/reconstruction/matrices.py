@@ -67,8 +67,7 @@ def find_matrix(text: str, size: int, seed: int) -> Target:
 def synthetic(kind: str, size: int, seed: int) -> torch.Tensor:
     """Make one of the paper's kinds of square matrices.
 
-    The paper names the kinds without defining them. At a size of 1024 these definitions give its errors of LoRA to their last
-    digit (benchmarks/LOG.md):
+    Guessed from the paper's errors of LoRA, which these definitions give to their last digit at 1024 (docs/reconstruct.md):
 
     random            uniform in [0, 1): three quarters of its energy are its mean
     orthogonal        Q of a Gaussian's QR decomposition
