@@ -39,7 +39,7 @@ class Plan:
     ranks: Sequence[int]
     methods: Sequence[Method] = ("lora", "abba", "loha")
     solver: Solver = "als"
-    restarts: int = 3
+    restarts: int = 4
     seed: int = 0
     sweeps: int = MOST_SWEEPS
 
@@ -68,13 +68,13 @@ def reconstruct(targets: Sequence[Target], plan: Plan, output: Path, listen: Cal
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     fits = {fit.key: fit for fit in read_fits(output)}
+    for target in targets:  # all of them before the first fit, which may take minutes
+        check_matrix(target.name, target.load(), plan.ranks)
     asked = []
     each = sum(len(plan.ranks) * (1 if method == "lora" else plan.restarts) for method in plan.methods)
     for place, target in enumerate(targets):
         M = target.load()
-        check_matrix(target.name, M, plan.ranks)
-        # Of the numbers that the solvers see, whose size does not matter: errors are relative.
-        M = M / M.square().mean().sqrt()
+        M = M / M.double().square().mean().sqrt()  # errors are relative, and the solvers want entries of about 1
         digest = hashlib.sha256(M.numpy().tobytes()).hexdigest()[:12]
         for done, (fit, make) in enumerate(_fits(target, M, digest, plan)):
             listen(Stage(f"{target.name}, {fit.method}, rank {fit.rank}", place * each + done, len(targets) * each))

@@ -51,11 +51,11 @@ def find_matrix(text: str, size: int, seed: int) -> Target:
         return Target(text, text, lambda: synthetic(text, size, seed))
     if os.path.isfile(Path(text).expanduser()):  # of Path, it raises for a name that is too long
         picture = read_image(Path(text).expanduser(), size)
-        return Target(text, Path(text).name, lambda: picture)
+        return Target(text, text, lambda: picture)
     location, colon, tensor = text.rpartition(":")
     if colon and location not in ("", "package") and tensor:
         stored = _find_tensor(read_weights(location), tensor)
-        return Target(text, tensor, lambda: read_matrix(stored))
+        return Target(text, text, lambda: read_matrix(stored))
     near = difflib.get_close_matches(text, SYNTHETIC, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise DataError(

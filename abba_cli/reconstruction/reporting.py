@@ -46,7 +46,6 @@ class Summary:
         spread: The lowest and highest error of all fits of a group.
         duels: ABBA beside each other method.
         starts: How often each start was ABBA's best.
-        seconds: Of all fits.
     """
 
     groups: Sequence[str]
@@ -57,7 +56,6 @@ class Summary:
     spread: Mapping[tuple[str, str, int], tuple[float, float]]
     duels: Sequence[Duel]
     starts: Mapping[str, int]
-    seconds: float
 
 
 def summarise(fits: Sequence[Fit]) -> Summary:
@@ -84,7 +82,6 @@ def summarise(fits: Sequence[Fit]) -> Summary:
         spread={key: (min(values), max(values)) for key, values in everything.items()},
         duels=[_duel(best, rival) for rival in methods if rival != "abba" and "abba" in methods],
         starts=Counter(fit.start for (_, _, method, _), fit in best.items() if method == "abba"),
-        seconds=sum(fit.seconds for fit in fits),
     )
 
 

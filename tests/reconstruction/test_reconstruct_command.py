@@ -188,6 +188,20 @@ def test_mistakes_are_one_clear_message(arguments: list[str], code: int, message
     assert "Traceback" not in err
 
 
+def test_all_matrices_are_looked_at_before_the_first_fit(abba: Abba, tmp_path: Path) -> None:
+    save_file({"small": torch.ones(30, 3)}, tmp_path / "model.safetensors")
+    code, _, err = abba("reconstruct", "random", f"{tmp_path}:small", "--size", 16, "--ranks", "4", "--output", tmp_path / "out")
+    assert code == 1
+    assert "4 is too large for" in err
+    assert not (tmp_path / "out" / "reconstruction.csv").exists()
+
+
+def test_tiny_numbers_are_no_zeros(abba: Abba, tmp_path: Path) -> None:
+    save_file({"tiny": 1e-30 * torch.rand(12, 9)}, tmp_path / "model.safetensors")
+    assert abba("reconstruct", f"{tmp_path}:tiny", "--ranks", "4", "--restarts", 1, "--output", tmp_path / "out")[0] == 0
+    assert all(0 < float(row["error"]) < 0.5 for row in rows_of(tmp_path / "out"))
+
+
 def test_flat_matrices_and_broken_tables(abba: Abba, tmp_path: Path) -> None:
     save_file({"zero": torch.zeros(8, 8), "nan": torch.full((8, 8), torch.nan)}, tmp_path / "model.safetensors")
     for name, message in (("zero", "is zero everywhere"), ("nan", "values that are no numbers")):

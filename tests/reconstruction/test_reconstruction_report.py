@@ -28,7 +28,6 @@ def test_the_answer_counts_what_is_lower_level_and_higher() -> None:
         "(b at rank 8), median ratio 0.75."
     )
     assert summary.starts == {"svd": 3, "root": 1}
-    assert summary.seconds == 9
     assert markdown(summary, "als", 2).startswith(said)
 
 
