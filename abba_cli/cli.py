@@ -15,6 +15,7 @@ from abba_cli.commands.generate import chat, generate
 from abba_cli.commands.importing import import_
 from abba_cli.commands.merge import merge
 from abba_cli.commands.push import push
+from abba_cli.commands.reconstruct import reconstruct
 from abba_cli.commands.train import train
 from abba_cli.errors import AbbaError, LostContact, TrainingInterrupted
 from abba_cli.launching import LAUNCHED
@@ -53,6 +54,7 @@ app.command()(merge)
 app.command()(export)
 app.command("import")(import_)
 app.command()(push)
+app.command()(reconstruct)
 app.command()(doctor)
 
 
