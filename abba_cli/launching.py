@@ -6,15 +6,18 @@ here without that step. Accelerate then finds its place in the environment that 
 
 import os
 import signal
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import typer
 
 LAUNCHED = "ABBA_LAUNCHED"
-"""Environment variable of the processes that `launch` has started."""
+"""Environment variable of the processes that `launch` has started: a file that is empty until they have told of a stop."""
 
 _PORT = 29500  # torchrun's own default
 
@@ -86,20 +89,81 @@ def launch(arguments: Sequence[str], layout: Layout) -> int:
     Returns:
         The exit code for this machine.
     """
+    with tempfile.NamedTemporaryFile(prefix="abba-") as told, _stops() as stops:
+        os.environ[LAUNCHED] = told.name
+        try:
+            return _run_agent(arguments, layout, stops)
+        except KeyboardInterrupt:
+            number = stops.numbers[0]
+            if os.path.getsize(told.name) == 0:
+                typer.echo(
+                    f"abba: stopped by {signal.Signals(number).name}; every checkpoint is kept, run the same command again to go on",
+                    err=True,
+                )
+            return 128 + number
+
+
+def keep_launcher_silent() -> None:
+    """Have our launcher, if there is one, say nothing of a stop that this process tells of."""
+    with suppress(KeyError, FileNotFoundError):
+        os.truncate(os.environ[LAUNCHED], 1)
+
+
+@dataclass
+class _Stops:
+    """The signals that asked for a stop.
+
+    Attributes:
+        numbers: Those that came.
+        end: Whether one raises KeyboardInterrupt. Not while libraries are imported: some of them take it for an error of their own.
+    """
+
+    numbers: list[int]
+    end: bool = False
+
+    def obey(self) -> None:
+        """Raise KeyboardInterrupt if one has come, and from now on as soon as one comes."""
+        self.end = True
+        if self.numbers:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _stops() -> Iterator[_Stops]:
+    """Within this, SIGINT, SIGTERM and SIGHUP are noted."""
+    stops = _Stops([])
+
+    def receive(number: int, frame: Any) -> None:
+        stops.numbers.append(number)
+        if stops.end:
+            raise KeyboardInterrupt
+
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        wanted.append(signal.SIGHUP)
+    before = {number: signal.signal(number, receive) for number in wanted}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_agent(arguments: Sequence[str], layout: Layout, stops: _Stops) -> int:
     import logging
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
 
+    stops.obey()
     logging.disable(logging.CRITICAL)  # the agent's; the processes themselves say what there is to say
     # Without a number, torchrun gives each process one thread, and says so.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.processes)))
     # The agent kills its processes so many seconds after it was told to stop; 30 are not enough for a large step and its save.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    os.environ[LAUNCHED] = "1"
-    given = ["--nproc-per-node", str(layout.processes)]
+    # No signals for the agent: they are ours. It ends its processes with SIGTERM then, which is silent while they still import.
+    given = ["--nproc-per-node", str(layout.processes), "--signals-to-handle", ""]
     if layout.address is None:
         given += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]  # any free port
     else:
@@ -109,8 +173,6 @@ def launch(arguments: Sequence[str], layout: Layout) -> int:
     config, command, command_arguments = config_from_args(get_args_parser().parse_args([*given, "-m", "abba_cli", *arguments]))
     try:
         elastic_launch(config, command)(*command_arguments)
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
