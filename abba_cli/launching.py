@@ -4,9 +4,12 @@
 here without that step. Accelerate then finds its place in the environment that the agent sets, as in any program under torchrun.
 """
 
+import logging
 import os
 import signal
+import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,8 +19,13 @@ from typing import Any
 
 import typer
 
+from abba_cli.errors import RunError
+
 LAUNCHED = "ABBA_LAUNCHED"
 """Environment variable of the processes that `launch` has started: a file that is empty until they have told of a stop."""
+
+PATIENCE_SECONDS = 120.0
+"""For the address of machine 0 to become known: that of a pod is so only some time after it has started."""
 
 _PORT = 29500  # torchrun's own default
 
@@ -63,6 +71,8 @@ def wanted_layout(processes: int | None, machines: int, rank: int, address: str 
         raise typer.BadParameter(f"--machine-rank {rank} is not one of {machines} machines: expected 0 to {machines - 1}")
     if address is not None and not address.rpartition(":")[2].isdigit():
         address = f"{address}:{_PORT}"
+    if address is not None and int(address.rpartition(":")[2]) > 65535:
+        raise typer.BadParameter(f"--main-address {address}: expected a port up to 65535")
     if processes is None:
         import torch
 
@@ -88,6 +98,9 @@ def launch(arguments: Sequence[str], layout: Layout) -> int:
 
     Returns:
         The exit code for this machine.
+
+    Raises:
+        RunError: Machine 0 is not reached.
     """
     with tempfile.NamedTemporaryFile(prefix="abba-") as told, _stops() as stops:
         os.environ[LAUNCHED] = told.name
@@ -96,10 +109,8 @@ def launch(arguments: Sequence[str], layout: Layout) -> int:
         except KeyboardInterrupt:
             number = stops.numbers[0]
             if os.path.getsize(told.name) == 0:
-                typer.echo(
-                    f"abba: stopped by {signal.Signals(number).name}; every checkpoint is kept, run the same command again to go on",
-                    err=True,
-                )
+                name = signal.Signals(number).name
+                typer.echo(f"abba: stopped by {name}; every checkpoint is kept, run the same command again to go on", err=True)
             return 128 + number
 
 
@@ -115,7 +126,7 @@ class _Stops:
 
     Attributes:
         numbers: Those that came.
-        end: Whether one raises KeyboardInterrupt. Not while libraries are imported: some of them take it for an error of their own.
+        end: Whether one raises KeyboardInterrupt. Not while libraries are imported: some take it for an error of their own.
     """
 
     numbers: list[int]
@@ -150,8 +161,7 @@ def _stops() -> Iterator[_Stops]:
 
 
 def _run_agent(arguments: Sequence[str], layout: Layout, stops: _Stops) -> int:
-    import logging
-
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
@@ -168,11 +178,18 @@ def _run_agent(arguments: Sequence[str], layout: Layout, stops: _Stops) -> int:
         given += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]  # any free port
     else:
         host, _, port = layout.address.rpartition(":")
+        _wait_for_name(host)
         given += ["--nnodes", str(layout.machines), "--node-rank", str(layout.rank)]
         given += ["--master-addr", host, "--master-port", port]
     config, command, command_arguments = config_from_args(get_args_parser().parse_args([*given, "-m", "abba_cli", *arguments]))
     try:
         elastic_launch(config, command)(*command_arguments)
+    except DistNetworkError as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"the machines did not meet at {layout.address}: {first} Start the same command on all of them, with the address at "
+            "which machine 0 is reached and a port that is free there"
+        ) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -184,3 +201,24 @@ def _run_agent(arguments: Sequence[str], layout: Layout, stops: _Stops) -> int:
             )
         return 1 if failure.exitcode < 0 else int(failure.exitcode)
     return 0
+
+
+def _wait_for_name(host: str) -> None:
+    """Return when an address is known for the name of machine 0; torch would wait too, with a line on each attempt.
+
+    Raises:
+        RunError: None is known.
+    """
+    until, told = time.monotonic() + PATIENCE_SECONDS, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (socket.gaierror, UnicodeError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+        if time.monotonic() > until:
+            raise RunError(f"--main-address: no address is known for {host} ({reason}); give the name or number of machine 0")
+        if not told:
+            typer.echo(f"abba: waiting for the address of {host}, which is not known so far ({reason})", err=True)
+            told = True
+        time.sleep(1)

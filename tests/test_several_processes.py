@@ -150,6 +150,22 @@ def test_a_stopped_pair_saves_and_goes_on_to_the_same_weights(
     assert same(factors(tmp_path / "run"), factors(undisturbed))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_the_first_step_is_told_once(number: signal.Signals, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """While the processes still import their libraries, and cannot say anything themselves."""
+    command = abba_pair(recipe_file(**PAIR))
+    while len(workers(command)) < 2:
+        assert command.poll() is None, command.communicate()
+        time.sleep(0.02)
+    started = workers(command)
+    command.send_signal(number)
+    code, _, err = ended(command)
+    assert code == 128 + number
+    assert err == f"abba: stopped by {number.name}; every checkpoint is kept, run the same command again to go on\n"
+    assert not any(one.is_running() for one in started)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_pair_of_which_one_is_killed_goes_on_to_the_same_weights(
     victim: int, undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path
