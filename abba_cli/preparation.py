@@ -71,6 +71,8 @@ def prepare(
     for damaged in [] if checkpoint is None else _passed_over(run, checkpoint):
         listen(Stage(f"Passing over {damaged.name}: its files are not those of its manifest.json; going on before it"))
     listen(Stage("Reading the model's configuration"))
+    if recipe.distributed.offload and processes == 1:
+        raise RunError("distributed.offload needs several processes that share the base out; this is one: set it to false")
     loading.check_quantization(recipe.model)
     check_logger(recipe)
     check_deepspeed(recipe)
@@ -103,8 +105,6 @@ def prepare(
             "raise training.max_steps or training.epochs, choose another output, or --restart to start over"
         )
     check_length(recipe, config, data)
-    if recipe.distributed.offload and processes == 1:
-        raise RunError("distributed.offload needs several processes that share the base out; this is one: set it to false")
     listen(Stage("Forecasting memory"))
     recipe = with_strategy(recipe, skeleton, data.train, processes, device_memory() if budget is None else budget)
     plan = make_plan(recipe, skeleton, data.train, steps, processes, budget)

@@ -86,6 +86,7 @@ def write_provenance(
         "data": {"fingerprint": data.fingerprint, "files": files},
         "seed": recipe.training.seed,
         "processes": plan.processes,
+        "strategy": plan.strategy,
         "sharded": plan.sharded,
         "rows_per_step": plan.rows_per_step,
         "parameters": {"trainable": plan.trainable, "total": plan.total, "layers": len(plan.layers)},
