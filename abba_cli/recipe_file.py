@@ -20,7 +20,7 @@ from abba_cli.recipe_reference import accepted, keys_of, schema_of
 KeyPath = tuple[str | int, ...]
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-_BUILT_IN_TEMPLATES = ("none", "alpaca", "chat")
+BUILT_IN_TEMPLATES = ("none", "alpaca", "chat")
 _SOURCE_LISTS = (("data", "train"), ("data", "eval"))
 
 
@@ -199,7 +199,7 @@ def _with_absolute_paths(where: KeyPath, value: Any, folder: Path) -> Any:
             return _absolute_if_local(value, folder, suffixes=())
         case ("adapter", "start_from") if isinstance(value, str):
             return _absolute_if_local(value, Path.cwd(), suffixes=())
-        case ("data", "template") if isinstance(value, str) and value and value not in _BUILT_IN_TEMPLATES:
+        case ("data", "template") if isinstance(value, str) and value and value not in BUILT_IN_TEMPLATES:
             return str((folder / Path(value).expanduser()).resolve())
         case ("data", "train" | "eval"):
             items = value if isinstance(value, list) else [] if value is None else [value]

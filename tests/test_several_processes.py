@@ -116,6 +116,18 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(undisturbed: Path, rec
         assert apart(factors(run.path), end) < ROUNDING * apart(early, end)
 
 
+def test_a_batch_that_the_user_shares_out_is_the_same_run(undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """Batch 4 in one process, then 2 in each of two, then 4 in one again; none of them warns of it."""
+    recipe = recipe_file(**PAIR)
+    train(recipe, ["training.batch_size=4", "training.max_steps=4"])
+    assert ended(abba_pair(recipe, "--set", f"training.max_steps={SHORT}"))[::2] == (0, "")
+    early, end = (factors(undisturbed / "checkpoints" / f"checkpoint-{step}") for step in (4, SHORT))
+    assert apart(factors(tmp_path / "run"), end) < ROUNDING * apart(early, end)
+    run = train(recipe, ["training.batch_size=4", f"training.max_steps={SHORT + 1}"])
+    assert run.provenance()["rows_per_step"] == 4
+    assert [row["step"] for row in run.metrics()] == list(range(1, SHORT + 2))
+
+
 def test_rows_that_cannot_be_shared_evenly_are_refused(undisturbed: Path, recipe_file: RecipeFile) -> None:
     recipe = recipe_file(**PAIR, output=str(undisturbed))
     command = start("abba_cli", "train", recipe, "--num-processes", 3, "--set", "training.max_steps=130")
