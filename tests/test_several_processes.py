@@ -48,8 +48,9 @@ def wait_for_step(run: Path, step: int, command: "subprocess.Popen[str]") -> Non
 
 def workers(command: "subprocess.Popen[str]") -> list[psutil.Process]:
     """The processes that train, in the order of their ranks."""
-    found = [child for child in psutil.Process(command.pid).children() if "abba_cli" in child.cmdline()]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    # For a moment, a process that is being started still has the command and the environment of its launcher.
+    found = {child: child.environ().get("RANK") for child in psutil.Process(command.pid).children()}
+    return sorted((child for child, rank in found.items() if rank is not None), key=lambda child: int(found[child] or 0))
 
 
 def factors(run: Path) -> dict[str, torch.Tensor]:
