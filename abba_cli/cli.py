@@ -18,7 +18,7 @@ from abba_cli.commands.push import push
 from abba_cli.commands.reconstruct import reconstruct
 from abba_cli.commands.train import train
 from abba_cli.errors import AbbaError, LostContact, TrainingInterrupted
-from abba_cli.launching import LAUNCHED
+from abba_cli.launching import LAUNCHED, keep_launcher_silent
 
 app = typer.Typer(
     name="abba",
@@ -73,6 +73,8 @@ def main() -> None:
     try:
         app(prog_name="abba")
     except AbbaError as error:
+        if isinstance(error, TrainingInterrupted):
+            keep_launcher_silent()
         number = int(os.environ.get("RANK", "0"))
         if error.shared and number > 0:
             sys.exit(0)  # the main process says it, and fails; had this one failed first, it might be ended before it can

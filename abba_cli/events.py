@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from abba_cli.plan import Plan
     from abba_cli.prepared import PreparedData
-    from abba_cli.provenance import Outcome
+    from abba_cli.records import Outcome
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From a recipe's base to a tokenizer, a configuration, a skeleton, and the frozen model, quantised if asked."""
 
 import importlib.util
+import re
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from abba_cli.bases import Base
 from abba_cli.errors import ModelError
 from abba_cli.hub import explain, no_progress_bars
 from abba_cli.recipe import ModelSection
+
+# By the ends of a configuration's keys. Far above any model: Switch-C has 2,048 experts, XLM-V 0.9 million tokens. Modules are
+# built one by one, and some of their buffers are real, so that without a bound a damaged file would hang the program.
+_BOUNDS = {
+    re.compile(r"(^|_)(layers?|blocks?|experts?|heads?)$"): 4096,
+    re.compile(r"(^|_)(size|dim|model|embd|ff|inner)$"): 4_000_000,
+}
 
 
 def load_tokenizer(base: Base, model: ModelSection) -> PreTrainedTokenizerBase:
@@ -44,13 +52,28 @@ def load_config(base: Base, model: ModelSection) -> PreTrainedConfig:
     """The base's configuration.
 
     Raises:
-        ModelError: It cannot be had.
+        ModelError: It cannot be had, or is of a size that no model has.
     """
     with explain(f"model {base.location}", page=base.location):
+        if base.gguf_file is None:
+            # Before transformers makes a list with an entry for each layer.
+            _check_sizes(PreTrainedConfig.get_config_dict(base.location, **base.keywords())[0], base.location)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             base.location, trust_remote_code=model.trust_remote_code, **base.keywords()
         )
     return config
+
+
+def _check_sizes(tree: dict[str, Any], location: str) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _check_sizes(value, location)
+        most = next((bound for ends, bound in _BOUNDS.items() if ends.search(str(key))), None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise ModelError(
+                f"{location}: its config.json has {key}: {value:,}, and no model has more than {most:,}; "
+                "the file is damaged: bring a good copy of it"
+            )
 
 
 def skeleton(config: PreTrainedConfig, model: ModelSection, **keywords: Any) -> PreTrainedModel:

@@ -93,6 +93,7 @@ def arguments(recipe: Recipe, run: RunDir, steps: int, fresh: bool) -> TrainingA
         restore_callback_states_from_checkpoint=True,  # early stopping counts on where it was
         include_num_input_tokens_seen="no",  # AbbaTrainer counts without waiting for the device
         report_to=[] if recipe.logging.logger == "none" else [recipe.logging.logger],
+        log_level_replica="passive",  # else all processes but the main one warn, of what may change when a run goes on
         run_name=Path(recipe.output).name,
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -25,6 +25,8 @@ class Plan:
         trainable: Parameters that are trained.
         total: Parameters in all.
         processes: Processes that train together.
+        strategy: How they do, such as ddp or deepspeed, ZeRO 3; None for one process.
+        idle_strategy: What the recipe asks for in vain, for one process.
         sharded: Whether they share the base out.
         steps: Optimizer steps.
         rows_per_step: Rows in an optimizer step, of all processes.
@@ -38,6 +40,8 @@ class Plan:
     trainable: int
     total: int
     processes: int
+    strategy: str | None
+    idle_strategy: str | None
     sharded: bool
     steps: int
     rows_per_step: int
@@ -87,13 +91,17 @@ def make_plan(
     rows = heavy_rows(train)
     answer = None if budget is None else fit(recipe, adapted, rows, budget, processes)
     memory = answer.recipe if answer is not None else forecast(recipe, adapted, rows, processes)
+    asked = recipe.distributed
+    strategy = f"deepspeed, ZeRO {asked.zero_stage}" if asked.strategy == "deepspeed" else asked.strategy
     return Plan(
         model=recipe.model.name,
         layers=adapted_layers(adapted),
         trainable=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         total=sum(parameter.numel() for parameter in adapted.parameters()),
         processes=processes,
-        sharded=recipe.distributed.shares_base and processes > 1,
+        strategy=strategy if processes > 1 else None,
+        idle_strategy=asked.strategy if processes == 1 and asked.strategy != "ddp" else None,
+        sharded=asked.shares_base and processes > 1,
         steps=steps,
         rows_per_step=recipe.training.batch_size * recipe.training.gradient_accumulation * processes,
         tokens_per_step=memory.tokens * recipe.training.gradient_accumulation,

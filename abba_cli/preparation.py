@@ -15,8 +15,10 @@ from abba_cli.methods import adapter_config
 from abba_cli.plan import Plan, check_length, make_plan, with_strategy
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
+from abba_cli.recipe_file import BUILT_IN_TEMPLATES, differences
 from abba_cli.rundir import RunDir, checkpoint_step, open_run
 from abba_cli.sealing import is_sealed
+from abba_cli.sources import digests
 from abba_cli.zero import check_deepspeed
 
 
@@ -68,10 +70,12 @@ def prepare(
     Raises:
         AbbaError: Whatever does not fit.
     """
-    run, checkpoint = open_run(recipe, restart)
+    run, checkpoint = open_run(recipe, restart, processes)
     for damaged in [] if checkpoint is None else _passed_over(run, checkpoint):
         listen(Stage(f"Passing over {damaged.name}: its files are not those of its manifest.json; going on before it"))
     listen(Stage("Reading the model's configuration"))
+    if recipe.distributed.offload and processes == 1:
+        raise RunError("distributed.offload needs several processes that share the base out; this is one: set it to false")
     loading.check_quantization(recipe.model)
     check_logger(recipe)
     check_deepspeed(recipe)
@@ -104,13 +108,35 @@ def prepare(
             "raise training.max_steps or training.epochs, choose another output, or --restart to start over"
         )
     check_length(recipe, config, data)
-    if recipe.distributed.offload and processes == 1:
-        raise RunError("distributed.offload needs several processes that share the base out; this is one: set it to false")
     listen(Stage("Forecasting memory"))
     recipe = with_strategy(recipe, skeleton, data.train, processes, device_memory() if budget is None else budget)
     plan = make_plan(recipe, skeleton, data.train, steps, processes, budget)
     listen(Planned(plan))
     return Preparation(run, recipe, checkpoint, base, config, tokenizer, data, plan)
+
+
+def ended_run(recipe: Recipe, processes: int = 1) -> RunDir | None:
+    """The run in the recipe's output, if it has finished and its directory shows that the recipe asks for nothing more.
+
+    That is so where the recipe is the same and all data lies in files with the digests recorded. Of any other change, such as
+    one of a data set on the hub, `prepare` will know.
+
+    Raises:
+        AbbaError: The output cannot be used, or data is gone.
+    """
+    run = RunDir(Path(recipe.output).expanduser())
+    if not run.is_run or not run.finished or recipe.data.template not in BUILT_IN_TEMPLATES:
+        return None
+    open_run(recipe, processes=processes)
+    if differences(run.recipe(), recipe).keys() - {"output"}:
+        return None
+    found: dict[str, str] = {}
+    for source in [*recipe.data.train, *recipe.data.eval]:
+        files = digests(source)
+        if files is None:
+            return None
+        found |= files
+    return run if found == run.provenance()["data"].get("files") else None
 
 
 def _passed_over(run: RunDir, checkpoint: Path) -> list[Path]:

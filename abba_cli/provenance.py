@@ -2,7 +2,6 @@
 
 import json
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from abba_cli.plan import Plan
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import dump_recipe
+from abba_cli.records import Outcome
 from abba_cli.rundir import RunDir
 
 _PACKAGES = (
@@ -32,33 +32,6 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Args:
-        steps: Optimizer steps made.
-        planned_steps: Steps that the recipe asked for; more than `steps` after early stopping.
-        used_step: The step whose adapter was kept, the best one or the last.
-        seconds: Training time, over all the starts of the run.
-        peak_memory_bytes: Largest peak of any start.
-        train_loss: Mean training loss over the last tenth of the steps.
-        eval_loss_before: Before the first step, where there is evaluation data.
-        eval_loss: Of the kept adapter.
-        saving_seconds: The part of `seconds` that went into checkpoints, and the last one; None in older records.
-    """
-
-    steps: int
-    planned_steps: int
-    used_step: int
-    seconds: float
-    peak_memory_bytes: int
-    train_loss: float | None
-    eval_loss_before: float | None
-    eval_loss: float | None
-    saving_seconds: float | None = None
 
 
 def write_provenance(
@@ -87,6 +60,7 @@ def write_provenance(
         "data": {"fingerprint": data.fingerprint, "files": files},
         "seed": recipe.training.seed,
         "processes": plan.processes,
+        "strategy": plan.strategy,
         "sharded": plan.sharded,
         "rows_per_step": plan.rows_per_step,
         "parameters": {"trainable": plan.trainable, "total": plan.total, "layers": len(plan.layers)},

@@ -3,7 +3,9 @@
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from abba_cli.recipe_reference import accepted, keys_of, schema_of
 KeyPath = tuple[str | int, ...]
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-_BUILT_IN_TEMPLATES = ("none", "alpaca", "chat")
+BUILT_IN_TEMPLATES = ("none", "alpaca", "chat")
 _SOURCE_LISTS = (("data", "train"), ("data", "eval"))
 
 
@@ -54,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             where = _apply_override(tree, override)
         except RecipeError as error:
-            problems.append(str(error))
+            problems["--set", override] = str(error)
             continue
         origins = {known: origin for known, origin in origins.items() if known[: len(where)] != where}
         origins[where] = f"--set {override}"
@@ -62,7 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def validate(
-    tree: Any, origins: Mapping[KeyPath, str] | None = None, source: str = "recipe", problems: Sequence[str] = ()
+    tree: Any, origins: Mapping[KeyPath, str] | None = None, source: str = "recipe", problems: Mapping[KeyPath, str] | None = None
 ) -> Recipe:
     """Check a tree of plain values against the schema.
 
@@ -70,16 +72,16 @@ def validate(
         tree: What YAML gave.
         origins: Where each key was written, for the messages.
         source: Name of the whole, for keys without an origin.
-        problems: What was found wrong before, to be reported with the rest.
+        problems: What was found wrong before, by key, to be reported with the rest; nothing more is looked for in these.
 
     Raises:
         RecipeError: With all problems, one a line.
     """
-    found = list(problems)
+    found = list((problems or {}).values())
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        found += _explain(error, tree, origins or {}, source)
+        found += _explain(error, tree, origins or {}, source, problems or {})
     if not found:
         return recipe
     raise RecipeError("\n  ".join([f"{source} has {len(found)} problems:", *found] if len(found) > 1 else found))
@@ -112,10 +114,10 @@ def _recipes_nearby(path: Path) -> str:
     return f"; did you mean {', '.join(found[name] for name in close)}?" if close else ""
 
 
-def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], list[str]]:
+def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], dict[KeyPath, str]]:
     """The tree of a YAML document, the line (from 1) on which each key stands, and the keys that stand twice."""
     lines: dict[KeyPath, int] = {}
-    repeated: list[str] = []
+    repeated: dict[KeyPath, str] = {}
 
     def walk(node: yaml.Node, where: KeyPath) -> None:
         if where in _SOURCE_LISTS and not isinstance(node, yaml.SequenceNode):
@@ -124,8 +126,8 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[KeyPath, int], li
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*where, key.value)
-                if here in lines:
-                    repeated.append(f"{name}:{key.start_mark.line + 1}: {_dotted(here)} stands twice; keep one of them")
+                if here in lines and not _within(here, repeated):
+                    repeated[here] = f"{name}:{key.start_mark.line + 1}: {_dotted(here)} stands twice; keep one of them"
                 lines[here] = key.start_mark.line + 1
                 walk(value, here)
         elif isinstance(node, yaml.SequenceNode):
@@ -197,7 +199,7 @@ def _with_absolute_paths(where: KeyPath, value: Any, folder: Path) -> Any:
             return _absolute_if_local(value, folder, suffixes=())
         case ("adapter", "start_from") if isinstance(value, str):
             return _absolute_if_local(value, Path.cwd(), suffixes=())
-        case ("data", "template") if isinstance(value, str) and value and value not in _BUILT_IN_TEMPLATES:
+        case ("data", "template") if isinstance(value, str) and value and value not in BUILT_IN_TEMPLATES:
             return str((folder / Path(value).expanduser()).resolve())
         case ("data", "train" | "eval"):
             items = value if isinstance(value, list) else [] if value is None else [value]
@@ -233,12 +235,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _explain(error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], source: str) -> list[str]:
+def _explain(
+    error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], source: str, told: Collection[KeyPath]
+) -> list[str]:
     """One line for each key with a problem: where it stands, what was found, what was expected, what to try."""
     problems: dict[KeyPath, tuple[int, str]] = {}
     order = {known: place for place, known in enumerate(origins)}
     for item in error.errors():
         where = _place(item["loc"], tree, missing=item["type"] == "missing")
+        if _within(where, told):
+            continue
         key = _dotted(where)
         if item["type"] == "value_error":
             message = str(item["ctx"]["error"])
@@ -251,7 +257,7 @@ def _explain(error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], 
             schema = schema_of(where)
             problem = f"{key} is missing: expected {accepted(schema)}. {schema.get('description', '')}".rstrip()
         else:
-            problem = f"{key} is {_shown(_value_at(tree, where))}: expected {accepted(schema_of(where))}"
+            problem = f"{key} is {_shown(reduce(getitem, where, tree))}: expected {accepted(schema_of(where))}"
         known = _nearest_known(where, origins)
         # The branches of a union complain one by one; a check that was reached knows best.
         if where not in problems or item["type"] == "value_error":
@@ -279,10 +285,8 @@ def _nearest_known(where: KeyPath, origins: Mapping[KeyPath, str]) -> KeyPath:
     return where if where in origins else next(below, next(above, ()))
 
 
-def _value_at(tree: Any, where: KeyPath) -> Any:
-    for part in where:
-        tree = tree[part]
-    return tree
+def _within(where: KeyPath, keys: Collection[KeyPath]) -> bool:
+    return any(where[:depth] in keys for depth in range(1, len(where) + 1))
 
 
 def _nearest_key(where: KeyPath) -> str:
@@ -290,8 +294,7 @@ def _nearest_key(where: KeyPath) -> str:
     wrong, here = str(where[-1]), keys_of(where[:-1])
     elsewhere = [f"{section}.{wrong}" for section in keys_of(()) if wrong in keys_of((section,))]
     likeness = {key: difflib.SequenceMatcher(None, wrong, key).ratio() for key in here}
-    best = max(likeness.values(), default=0.0)
-    close = [key for key, ratio in likeness.items() if ratio == best and ratio >= 0.55]
+    close = [key for key, ratio in likeness.items() if ratio == max(likeness.values()) and ratio >= 0.55]
     if meant := elsewhere or close:
         return f"; did you mean {' or '.join(meant)}?"
     return f"; expected one of {', '.join(here)}"

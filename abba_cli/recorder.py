@@ -135,9 +135,11 @@ class Recorder(TrainerCallback):
 
     def _stop_if_asked(self, control: TrainerControl) -> None:
         """Save and end where the training stands, if a signal has come."""
-        # The processes hear of it at different moments, and have to stop after the same step.
-        self.signal_number = self.crew.largest(self.signal_number or 0) or None
-        if self.signal_number is not None:
+        # The processes hear of it at different moments, and have to stop after the same step. A signal may come while they ask
+        # one another: it is kept for the next time.
+        told = self.crew.largest(self.signal_number or 0)
+        if told:
+            self.signal_number = told
             control.should_save = control.should_training_stop = True
 
     def thin(self, state: TrainerState) -> None:

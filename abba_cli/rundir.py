@@ -24,6 +24,7 @@ from abba_cli.disk import disk_errors, sync, take_lock, write_atomically
 from abba_cli.errors import RecipeError, RunError
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import differences, dump_recipe, load_recipe
+from abba_cli.records import is_record
 from abba_cli.sealing import is_complete, is_sealed, remove_checkpoint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -31,6 +32,7 @@ _LEFT_BY_A_START = {".lock", ".provenance.json.partial"}  # that was killed befo
 # A run may be continued with other values of these: they set how long it runs, what is reported, and how much memory a step
 # takes, not what it computes.
 # The data's content is held by its fingerprint, so that a folder may be moved.
+_BATCH = ("training.batch_size", "training.gradient_accumulation")
 _MAY_CHANGE = (
     "output",
     "training.max_steps",
@@ -100,7 +102,7 @@ class RunDir:
         """
         try:
             loaded = json.loads(self.provenance_file.read_text(encoding="utf-8"))
-            if not _is_record(loaded):
+            if not is_record(loaded):
                 raise ValueError("it holds no record of a run")
         except (OSError, ValueError, RecursionError) as error:
             raise RunError(
@@ -149,12 +151,13 @@ class RunDir:
             partial.unlink()
 
 
-def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None]:
+def open_run(recipe: Recipe, restart: bool = False, processes: int = 1) -> tuple[RunDir, Path | None]:
     """Decide what the output directory means for this recipe, without writing to it.
 
     Args:
         recipe: The recipe; `output` is the directory.
         restart: Start over in a directory that holds a run.
+        processes: Processes that train together.
 
     Returns:
         The run directory and the checkpoint to go on from (None starts from the beginning).
@@ -175,6 +178,8 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
     if not run.path.exists() or {path.name for path in run.path.iterdir()} <= _LEFT_BY_A_START:
         return run, None
     if not run.is_run:
+        if run.provenance_file.is_file():
+            run.provenance()  # tells what is wrong with it
         raise RunError(f"output {run.path} is not empty and not a run (no provenance.json of abba in it); choose another output")
     if restart:
         return run, None
@@ -193,9 +198,17 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
         raise RunError(
             f"the run in {run.path} cannot be continued, its recipe is not readable (--restart starts over): {error}"
         ) from None
-    changed = {key: values for key, values in differences(before, recipe).items() if not _may_change(key, before, recipe)}
+    rows = run.provenance().get("rows_per_step")
+    # The same rows, in smaller or larger parts; as they are in the recipe, or shared out over the processes already.
+    same = not recipe.training.group_by_length and (_rows_of(recipe) == _rows_of(before) or _rows_of(recipe) * processes == rows)
+    may = (*_MAY_CHANGE, *_BATCH) if same else _MAY_CHANGE
+    changed = {key: values for key, values in differences(before, recipe).items() if not (key.startswith(may) or _is_place(key))}
     if changed:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
+        if rows and not changed.keys().isdisjoint(_BATCH):
+            lines.append(
+                f"An optimizer step keeps its {rows} rows, shared out over any number of processes: leave the batch as it was."
+            )
         advice = "Choose another output, or --restart to start over and lose what is there."
         raise RunError("\n".join([f"output {run.path} holds a run of another recipe:", *lines, advice]))
     if not checkpoints:
@@ -207,11 +220,14 @@ def open_run(recipe: Recipe, restart: bool = False) -> tuple[RunDir, Path | None
     return run, checkpoints[-1]
 
 
-def _may_change(key: str, before: Recipe, now: Recipe) -> bool:
-    if key in ("training.batch_size", "training.gradient_accumulation"):  # the same rows, in smaller or larger parts
-        rows = [recipe.training.batch_size * recipe.training.gradient_accumulation for recipe in (before, now)]
-        return rows[0] == rows[1] and not now.training.group_by_length
-    return key.startswith(_MAY_CHANGE) or (key.startswith(("data.train", "data.eval")) and key.endswith(".path"))
+def _rows_of(recipe: Recipe) -> int:
+    """Rows of an optimizer step, of one process."""
+    return recipe.training.batch_size * recipe.training.gradient_accumulation
+
+
+def _is_place(key: str) -> bool:
+    """Whether a key only tells where rows are found."""
+    return key.startswith(("data.train", "data.eval")) and key.endswith(".path")
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -269,16 +285,6 @@ def write_recipe(run: RunDir, recipe: Recipe) -> None:
     """Write the resolved recipe into the run directory."""
     with disk_errors(run.path):
         write_atomically(run.recipe_file, dump_recipe(recipe))
-
-
-def _is_record(tree: Any) -> bool:
-    """Whether the parts of a provenance.json that are read somewhere are what they should be."""
-    if not isinstance(tree, dict) or not isinstance(tree.get("outcome"), dict | None):
-        return False
-    base, data, rows = (tree.get(name, otherwise) for name, otherwise in (("base", {}), ("data", {}), ("rows_per_step", 1)))
-    if not isinstance(base, dict) or not isinstance(data, dict) or not isinstance(rows, int) or rows < 1:
-        return False
-    return all(isinstance(text, str | None) for text in base.values()) and isinstance(data.get("fingerprint", ""), str)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

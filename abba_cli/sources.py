@@ -89,11 +89,28 @@ def _read(source: SourceSection) -> tuple[Rows, dict[str, str]]:
             f"{source.path} has no split `{source.split}`: expected {' or '.join(sizes)}, with an optional slice such "
             "as train[:1000] or train[10%:]"
         ) from error
-    sha256 = {}
-    for file in files[wanted]:
+    return rows[wanted][part.from_ : part.to], _digests(files[wanted])
+
+
+def digests(source: SourceSection) -> dict[str, str] | None:
+    """SHA-256 of each file that a source would be read from, by path; None for the hub, or where one cannot be read.
+
+    Raises:
+        DataError: There is no such file.
+    """
+    path = _local_path(source.path)
+    try:
+        return None if path is None else _digests(_files(path).get(source.split.partition("[")[0], []))
+    except OSError:
+        return None
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    found = {}
+    for file in files:
         with file.open("rb") as stream:
-            sha256[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return rows[wanted][part.from_ : part.to], sha256
+            found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _local_path(path: str) -> Path | None:

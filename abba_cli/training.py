@@ -21,12 +21,13 @@ from abba_cli.loss import Collator, SupervisedBatches, keeps_logits
 from abba_cli.memory import peak_memory
 from abba_cli.out_of_memory import memory_errors
 from abba_cli.plan import Plan
-from abba_cli.preparation import Preparation, prepare
+from abba_cli.preparation import Preparation, ended_run, prepare
 from abba_cli.processes import join_crew, join_processes
-from abba_cli.provenance import Outcome, draw_losses, write_card, write_provenance
+from abba_cli.provenance import draw_losses, write_card, write_provenance
 from abba_cli.recipe import Recipe
 from abba_cli.recipe_file import load_recipe
 from abba_cli.recorder import Recorder
+from abba_cli.records import Outcome, read_outcome
 from abba_cli.rundir import RunDir, check_still_newest, checkpoint_step, locked, write_recipe
 from abba_cli.sampling import Sampler
 from abba_cli.sealing import is_complete
@@ -65,10 +66,14 @@ def train(
     crew = join_crew()
     if not crew.is_main:
         listen = ignore
+    ended = None if restart else crew.from_main(lambda: ended_run(recipe, crew.count))
+    if ended is not None:
+        listen(Finished(path=ended.path, already=True, outcome=read_outcome(ended.provenance())))
+        return ended
     ready = crew.from_main(lambda: prepare(recipe, restart=restart, listen=listen, read_weights=True, processes=crew.count))
     run = ready.run
     if not restart and crew.from_main(lambda: _has_ended(ready)):
-        listen(Finished(path=run.path, already=True, outcome=Outcome(**run.provenance()["outcome"])))
+        listen(Finished(path=run.path, already=True, outcome=read_outcome(run.provenance())))
         return run
 
     with ExitStack() as held:

@@ -42,6 +42,18 @@ LLAMA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 TARGETS = {name: ["c_attn", "c_proj", "c_fc"] if name == "gpt2" else LLAMA_LAYERS for name in CONFIGS}
 PROMPT = "Tom has 3 pens and buys 4 more. How many pens does he have?"
 
+OUTCOME = {
+    "steps": 6,
+    "planned_steps": 6,
+    "used_step": 6,
+    "seconds": 8.0,
+    "peak_memory_bytes": 1_000_000_000,
+    "train_loss": 1.0,
+    "eval_loss_before": None,
+    "eval_loss": None,
+}
+"""Of a finished run, in its provenance.json."""
+
 
 def write_model(folder: Path, tokenizer_from: Path, architecture: str = "llama", dtype: str = "float32", **settings: Any) -> Path:
     """Write a random two-layer model with the tokenizer of another folder; `max_shard_size` cuts it into files."""

@@ -27,6 +27,7 @@ ORDER = [
     "abba_cli.folders",
     "abba_cli.states",
     "abba_cli.sealing",
+    "abba_cli.records",
     "abba_cli.rundir",
     "abba_cli.rendering",
     "abba_cli.formats",

@@ -83,7 +83,12 @@ def test_bar_shows_every_part_and_fills_its_width() -> None:
 def test_fit_on_the_command_line(
     recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for budget, code, expected in (("601MB", 0, "does not fit into"), ("24 apples", 2, "'24 apples' is not a size of memory")):
+    answers = (
+        ("2GB", 0, "which fits into 2.00 GB"),
+        ("601MB", 1, "Not even one row fits."),
+        ("24 apples", 2, "'24 apples' is not a size of memory"),
+    )
+    for budget, code, expected in answers:
         monkeypatch.setattr(sys, "argv", ["abba", "train", str(recipe_file()), "--fit", budget])
         with pytest.raises(SystemExit) as caught:
             main()

@@ -12,9 +12,12 @@ import pytest
 import torch
 from models import write_adapter, write_model
 
+from abba_cli.bases import Base
 from abba_cli.checkpoint import read_checkpoint
 from abba_cli.errors import ModelError
+from abba_cli.loading import load_config
 from abba_cli.pushing import push
+from abba_cli.recipe import ModelSection
 from abba_cli.sealing import is_complete, seal_checkpoint
 
 Abba = Callable[..., tuple[int, str, str]]
@@ -131,6 +134,26 @@ def test_a_shard_index_that_leads_out(base: Path, abba: Abba, tmp_path: Path, na
     assert code == 1
     assert f"{index} names the file {str(name)!r}; expected the bare names of .safetensors files beside it" in message
     assert not (tmp_path / "sub").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("llama", {"num_hidden_layers": 10**9}),
+        ("llama", {"hidden_size": 10**12}),
+        ("qwen3", {"text_config": {"num_experts": 10**6}}),  # has a list with an entry for each layer
+        ("gpt2", {"n_layer": 5000}),
+        ("gpt2", {"n_embd": 10**8}),
+    ],
+)
+def test_a_model_larger_than_any(architecture: str, keys: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    """Its modules would be built one by one, for hours."""
+    folder = write_model(tmp_path / "base", tiny_llama, architecture)
+    config = json.loads((folder / "config.json").read_text())
+    load_config(Base(str(folder)), ModelSection(name="base"))
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    with pytest.raises(ModelError, match=r"config.json has \w+: 1?5?[,0]+, and no model has more than 4,0"):
+        load_config(Base(str(folder)), ModelSection(name="base"))
 
 
 def test_a_tensor_larger_than_its_bytes(base: Path) -> None:

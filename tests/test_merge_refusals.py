@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import write_adapter, write_model
+from models import OUTCOME, write_adapter, write_model
 from safetensors.torch import load_file, save_file
 
 from abba_cli.errors import ModelError, RunError
@@ -274,7 +274,7 @@ def test_the_newest_finished_run_of_a_folder(adapter: Path, base: Path, tmp_path
     runs = tmp_path / "runs"
     for number, name in enumerate(("b", "a", "c")):
         run = shutil.copytree(adapter, runs / name)
-        outcome = None if name == "c" else {}
+        outcome = None if name == "c" else OUTCOME
         (run / "provenance.json").write_text(json.dumps({"abba": "0", "outcome": outcome, "base": {"name": str(base)}}))
         os.utime(run / "provenance.json", (1000 + number, 1000 + number))
     assert find_adapter(str(runs)) == runs / "a"

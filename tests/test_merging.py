@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PROMPT, adapted_logits, logits, relative, write_adapter, write_model
+from models import OUTCOME, PROMPT, adapted_logits, logits, relative, write_adapter, write_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -226,7 +226,7 @@ def test_the_dequantised_base_is_the_one_that_training_saw(
 ) -> None:
     folder = base(architecture, "bfloat16")
     adapter = write_adapter(tmp_path / "adapter", folder)
-    record = {"abba": "0", "base": {"name": str(folder), "quantization": quantization, "dtype": "bfloat16"}, "outcome": {}}
+    record = {"abba": "0", "base": {"name": str(folder), "quantization": quantization, "dtype": "bfloat16"}, "outcome": OUTCOME}
     (adapter / "provenance.json").write_text(json.dumps(record))
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "nf4":
@@ -259,7 +259,7 @@ def test_the_dequantised_base_is_the_one_that_training_saw(
 def test_a_quantised_merge_is_verified_against_the_quantised_base(base: Callable[..., Path], tmp_path: Path) -> None:
     folder = base(dtype="bfloat16")
     adapter = write_adapter(tmp_path / "adapter", folder)
-    record = {"abba": "0", "base": {"name": str(folder), "quantization": "nf4", "dtype": "bfloat16"}, "outcome": {}}
+    record = {"abba": "0", "base": {"name": str(folder), "quantization": "nf4", "dtype": "bfloat16"}, "outcome": OUTCOME}
     (adapter / "provenance.json").write_text(json.dumps(record))
     merged = merge([adapter], output=tmp_path / "merged", base_precision="dequantized")
     assert merged.verification is not None

@@ -225,6 +225,21 @@ lr: 3
     ]
 
 
+def test_a_section_that_stands_twice_is_one_problem(write: Write) -> None:
+    """Neither the keys that both of them have are told of, nor what the second one lacks."""
+    text = """\
+model: {name: m, dtype: float32}
+data: {train: rows.jsonl}
+training: {max_steps: 3, seed: 1}
+training: {max_steps: 4}
+model: {dtype: float16}
+output: out
+"""
+    twice = [f"  r.yaml:{line}: {key} stands twice; keep one of them" for line, key in ((4, "training"), (5, "model"))]
+    assert problems(write(text)) == ["r.yaml has 2 problems:", *twice]
+    assert problems(write(text.replace("model: {dtype: float16}\n", ""))) == [twice[0].strip()]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

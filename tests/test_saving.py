@@ -8,23 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from models import OUTCOME as OLD
 from rich.console import Console
 
 from abba_cli import recorder, train
 from abba_cli.events import Finished
-from abba_cli.provenance import Outcome
+from abba_cli.records import Outcome
 from abba_cli.ui.training import show_summary
-
-OLD = {
-    "steps": 6,
-    "planned_steps": 6,
-    "used_step": 6,
-    "seconds": 8.0,
-    "peak_memory_bytes": 1_000_000_000,
-    "train_loss": 1.0,
-    "eval_loss_before": None,
-    "eval_loss": None,
-}
 
 
 def summary(outcome: Outcome) -> str:
@@ -34,7 +24,8 @@ def summary(outcome: Outcome) -> str:
 
 
 def test_the_summary_tells_it_where_it_is_known() -> None:
-    assert "saving took 0.2 s, 2.5% of the time" in summary(Outcome(**OLD, saving_seconds=0.2))
+    assert "saving took 2.0 s, 2.5% of the time\n" in summary(Outcome(**OLD | {"seconds": 80.0}, saving_seconds=2.0))
+    assert "saving took 0.2 s\n" in summary(Outcome(**OLD, saving_seconds=0.2))  # of 8 s: the share would tell nothing
     assert "saving" not in summary(Outcome(**OLD))
 
 

@@ -48,8 +48,9 @@ def wait_for_step(run: Path, step: int, command: "subprocess.Popen[str]") -> Non
 
 def workers(command: "subprocess.Popen[str]") -> list[psutil.Process]:
     """The processes that train, in the order of their ranks."""
-    found = [child for child in psutil.Process(command.pid).children() if "abba_cli" in child.cmdline()]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    # For a moment, a process that is being started still has the command and the environment of its launcher.
+    found = {child: child.environ().get("RANK") for child in psutil.Process(command.pid).children()}
+    return sorted((child for child, rank in found.items() if rank is not None), key=lambda child: int(found[child] or 0))
 
 
 def factors(run: Path) -> dict[str, torch.Tensor]:
@@ -116,6 +117,18 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(undisturbed: Path, rec
         assert apart(factors(run.path), end) < ROUNDING * apart(early, end)
 
 
+def test_a_batch_that_the_user_shares_out_is_the_same_run(undisturbed: Path, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """Batch 4 in one process, then 2 in each of two, then 4 in one again; none of them warns of it."""
+    recipe = recipe_file(**PAIR)
+    train(recipe, ["training.batch_size=4", "training.max_steps=4"])
+    assert ended(abba_pair(recipe, "--set", f"training.max_steps={SHORT}"))[::2] == (0, "")
+    early, end = (factors(undisturbed / "checkpoints" / f"checkpoint-{step}") for step in (4, SHORT))
+    assert apart(factors(tmp_path / "run"), end) < ROUNDING * apart(early, end)
+    run = train(recipe, ["training.batch_size=4", f"training.max_steps={SHORT + 1}"])
+    assert run.provenance()["rows_per_step"] == 4
+    assert [row["step"] for row in run.metrics()] == list(range(1, SHORT + 2))
+
+
 def test_rows_that_cannot_be_shared_evenly_are_refused(undisturbed: Path, recipe_file: RecipeFile) -> None:
     recipe = recipe_file(**PAIR, output=str(undisturbed))
     command = start("abba_cli", "train", recipe, "--num-processes", 3, "--set", "training.max_steps=130")
@@ -148,6 +161,22 @@ def test_a_stopped_pair_saves_and_goes_on_to_the_same_weights(
     assert len(RunDir(tmp_path / "run").metrics()) < STEPS
     assert ended(abba_pair(recipe))[0] == 0
     assert same(factors(tmp_path / "run"), factors(undisturbed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_the_first_step_is_told_once(number: signal.Signals, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """While the processes still import their libraries, and cannot say anything themselves."""
+    command = abba_pair(recipe_file(**PAIR))
+    while len(workers(command)) < 2:
+        assert command.poll() is None, command.communicate()
+        time.sleep(0.02)
+    started = workers(command)
+    command.send_signal(number)
+    code, _, err = ended(command)
+    assert code == 128 + number
+    assert err == f"abba: stopped by {number.name}; every checkpoint is kept, run the same command again to go on\n"
+    assert not any(one.is_running() for one in started)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -1,24 +1,24 @@
 """`distributed.strategy: fsdp`, with real processes: the base is shared out, and the run is that of `ddp`, bit for bit."""
 
+import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from several_runs import launch
 
-from abba_cli import RunDir, train
+from abba_cli import RunDir, preparation, train
 from abba_cli.errors import RecipeError, RunError
+from abba_cli.events import Event, Stage
 from abba_cli.recipe_file import load_recipe
+from abba_cli.ui.forecast import show_plan
 
 RecipeFile = Callable[..., Path]
-SCRIPT = Path(__file__).with_name("sharded_runs.py")
 VARIANTS = {
     "float32": ["training.gradient_accumulation=2"],
     "bfloat16": ["model.dtype=bfloat16", "data.template=alpaca", "distributed.offload=true"],
@@ -28,22 +28,6 @@ VARIANTS = {
     "trained head": ["adapter.modules_to_save=[lm_head]", "evaluation.every_steps=2", "evaluation.samples=1"],
 }
 STEPS = 4
-
-
-def launch(recipe: Path, out: Path, *runs: list[str]) -> list[dict[str, Any]]:
-    """Make the runs in two processes, and return what rank 0 found in each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    out.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [*command, str(recipe), str(out), *(";".join(overrides) for overrides in runs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((out / f"{number}.json").read_text()) for number in range(len(runs))]
 
 
 def losses(run: Path, key: str = "loss") -> list[float]:
@@ -72,7 +56,7 @@ def recipe(recipe_file: RecipeFile, rows: Path) -> Path:
 
 def test_a_shared_out_base_makes_the_run_of_a_whole_one(recipe: Path, tmp_path: Path) -> None:
     sharded, whole = (
-        [[*(key for key in overrides if strategy == "fsdp" or "offload" not in key), f"distributed.strategy={strategy}"]
+        [";".join([*(key for key in overrides if strategy == "fsdp" or "offload" not in key), f"distributed.strategy={strategy}"])
          for overrides in VARIANTS.values()]
         for strategy in ("fsdp", "ddp")
     )  # fmt: skip
@@ -87,7 +71,8 @@ def test_a_shared_out_base_makes_the_run_of_a_whole_one(recipe: Path, tmp_path: 
         assert (ddp["shares"], ddp["foretold"]) == (0, None), name
         assert_same(tmp_path / "out" / str(2 * number), tmp_path / "out" / str(2 * number + 1))
     record = RunDir(tmp_path / "out" / "0").provenance()
-    assert (record["processes"], record["sharded"]) == (2, True)
+    assert (record["processes"], record["strategy"], record["sharded"]) == (2, "fsdp", True)
+    assert RunDir(tmp_path / "out" / "1").provenance()["strategy"] == "ddp"
     samples = [json.loads(line) for line in (tmp_path / "out" / "8" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 2, 4]
 
@@ -96,14 +81,16 @@ def test_a_run_goes_on_with_shares_and_without(recipe: Path, tmp_path: Path) -> 
     """A checkpoint knows nothing of shares: begun either way and ended the other, the run is the undisturbed one."""
     fsdp, ddp, half = "distributed.strategy=fsdp", "distributed.strategy=ddp", "training.max_steps=2"
     constant = "training.scheduler=constant"
-    launch(recipe, tmp_path / "out", [fsdp, constant], [fsdp, constant, half], [ddp, constant, half])
+    launch(
+        recipe, tmp_path / "out", *(";".join(run) for run in ([fsdp, constant], [fsdp, constant, half], [ddp, constant, half]))
+    )
     out = tmp_path / "out"
     shutil.copytree(out / "1", tmp_path / "alone")
     other = tmp_path / "others"
     other.mkdir()
     (out / "1").rename(other / "0")
     (out / "2").rename(other / "1")
-    launch(recipe, other, [ddp, constant], [fsdp, constant])
+    launch(recipe, other, f"{ddp};{constant}", f"{fsdp};{constant}")
     for number in ("0", "1"):
         assert_same(other / number, out / "0")
     train(recipe, [fsdp, constant, f"output={tmp_path / 'alone'}"])  # alone, there is nothing to share out
@@ -125,5 +112,40 @@ def test_contradictions_are_found_in_the_recipe(overrides: list[str], message: s
 
 
 def test_offloading_needs_somebody_to_share_with(recipe: Path) -> None:
+    events: list[Event] = []
     with pytest.raises(RunError, match="several processes"):
-        train(recipe, ["distributed.strategy=fsdp", "distributed.offload=true"])
+        train(recipe, ["distributed.strategy=fsdp", "distributed.offload=true"], listen=events.append)
+    assert Stage("Reading the data") not in events
+
+
+def test_a_strategy_that_one_process_has_no_use_for_is_told(recipe: Path, abba: Callable[..., tuple[int, str, str]]) -> None:
+    told = "distributed.strategy: fsdp has no effect with one process"
+    for override, found in (("distributed.strategy=fsdp", True), ("distributed.strategy=ddp", False), ("training.seed=1", False)):
+        code, out, _ = abba("train", recipe, "--dry-run", "--set", override)
+        assert (code, told in out) == (0, found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "strategy", "line"),
+    [
+        ([], 10**12, "ddp", "ddp; each holds the whole base"),
+        ([], 1, "fsdp", "fsdp; each holds a share of the base"),
+        (["distributed.strategy=deepspeed"], 1, "deepspeed, ZeRO 2", "deepspeed, ZeRO 2; each holds the whole base"),
+        (
+            ["distributed.strategy=deepspeed", "distributed.zero_stage=3"],
+            1,
+            "deepspeed, ZeRO 3",
+            "deepspeed, ZeRO 3; each holds a share of the base",
+        ),
+    ],
+)
+def test_the_plan_tells_the_strategy(
+    overrides: list[str], memory: int, strategy: str, line: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "check_deepspeed", lambda recipe: None)
+    monkeypatch.setattr(preparation, "device_memory", lambda: memory)
+    plan = preparation.prepare(load_recipe(recipe, overrides), processes=2).plan
+    assert plan.strategy == strategy
+    stream = io.StringIO()
+    show_plan(Console(file=stream, width=120), plan, everything=False)
+    assert f"Strategy of the processes: {line}\n" in stream.getvalue()

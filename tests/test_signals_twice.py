@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from abba_cli import RunDir, recorder
 from abba_cli.cli import _was_interrupted
@@ -38,6 +39,22 @@ def test_a_signal_that_another_process_told_of_first_is_no_second_one(
     with watched.signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert watched.signal_number == signal.SIGTERM
+
+
+def test_a_signal_while_the_processes_ask_one_another_is_not_lost(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    class Asking(Crew):
+        def largest(self, value: int) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return value  # what this process had said before it came
+
+    watched = recorder.Recorder(load_recipe(recipe_file()), RunDir(tmp_path / "run"), Asking(1, 0, None), lambda event: None)
+    stops = []
+    with watched.signals():
+        for _ in range(2):
+            control = TrainerControl()
+            watched.on_step_end(TrainingArguments(output_dir=str(tmp_path), report_to=[]), TrainerState(), control)
+            stops.append((control.should_training_stop, control.should_save))
+    assert stops == [(False, False), (True, True)]
 
 
 def test_an_interrupted_import_is_known() -> None:

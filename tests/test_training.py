@@ -130,11 +130,49 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(recipe_file: RecipeFi
     events: list[Event] = []
     train(recipe_file(), listen=events.append)
     assert [event.already for event in events if isinstance(event, Finished)] == [True]
+    assert len(events) == 1  # nothing is read for it
     assert same(before, factors(run.path))
     events.clear()
     train(recipe_file(), ["training.max_steps=8"], listen=events.append)
     assert [event.step for event in events if isinstance(event, Stepped)] == [7, 8]
     assert not same(before, factors(run.path))
+
+
+@pytest.mark.parametrize("file", ["rows.jsonl", "more.jsonl", "prompt.jinja"])
+def test_a_finished_run_is_told_of_another_input(file: str, recipe_file: RecipeFile, rows: Path, tmp_path: Path) -> None:
+    """In the same files, in one more of the folder, and in the template, of which no digest is recorded."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(rows, folder / "rows.jsonl")
+    (tmp_path / "prompt.jinja").write_text("{{ prompt }} = ")
+    template = tmp_path / "prompt.jinja" if file == "prompt.jinja" else "chat"
+    recipe = recipe_file(data=f"{{train: {folder}, template: {template}, max_length_tokens: 64}}", training="{max_steps: 1}")
+    train(recipe)
+    assert train(recipe).finished
+    changed = tmp_path / file if file == "prompt.jinja" else folder / file
+    changed.write_text("{{ prompt }}: " if file == "prompt.jinja" else '{"question": "What is 9 + 9?", "answer": "18"}\n')
+    with pytest.raises(RunError, match="the data is not what the run"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("outcome", [{}, [], {"steps": 6}, "planned_steps: x"])
+def test_a_damaged_outcome_is_told(outcome: object, recipe_file: RecipeFile) -> None:
+    run = train(recipe_file(), ["training.max_steps=1"])
+    record = run.provenance()
+    record["outcome"] = record["outcome"] | {"planned_steps": "x"} if isinstance(outcome, str) else outcome
+    run.provenance_file.write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"cannot read .*provenance.json: .* or the file is broken"):
+        train(recipe_file(), ["training.max_steps=1"])
+
+
+def test_another_batch_is_refused_with_what_becomes_of_it(recipe_file: RecipeFile) -> None:
+    train(recipe_file())
+    reason = (
+        r"training\.batch_size: 2 there, 4 now\n.* keeps its 4 rows, shared out over any number of processes: leave the batch"
+    )
+    with pytest.raises(RunError, match=reason):
+        train(recipe_file(), ["training.batch_size=4", "training.max_steps=8"])
+    train(recipe_file(), ["training.batch_size=4", "training.gradient_accumulation=1", "training.max_steps=8"])
 
 
 def test_another_recipe_in_the_same_directory_is_refused_with_the_difference(recipe_file: RecipeFile) -> None:

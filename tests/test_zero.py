@@ -1,18 +1,14 @@
 """`distributed.strategy: deepspeed`, with real processes: ZeRO 2 makes the steps of ddp bit for bit, ZeRO 3 but for rounding."""
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from several_runs import DEEPSPEED, launch
 
 from abba_cli import RunDir, preparation
 from abba_cli.errors import RecipeError, RunError
@@ -21,14 +17,11 @@ from abba_cli.recipe_file import load_recipe
 from abba_cli.zero import check_deepspeed
 
 RecipeFile = Callable[..., Path]
-SCRIPT = Path(__file__).with_name("sharded_runs.py")
 STEPS = 4
 DDP, SECOND = "distributed.strategy=ddp", "distributed.strategy=deepspeed"
 THIRD = f"{SECOND};distributed.zero_stage=3"
 CONSTANT, HALF = "training.scheduler=constant", "training.max_steps=2"
-# In a folder of its own: where it is installed, accelerate imports it into every process, and it prints as it comes.
-FOLDER = Path(sys.prefix) / "deepspeed"
-needs_deepspeed = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"DeepSpeed is not in {FOLDER}")
+needs_deepspeed = pytest.mark.skipif(not DEEPSPEED.is_dir(), reason=f"DeepSpeed is not in {DEEPSPEED}")
 # Runs that ZeRO 2 makes as ddp does; where gradients are accumulated or clipped, the sums are taken in another order.
 CLIPPED = "training.gradient_accumulation=2;training.max_grad_norm=1e-3"
 SAME = {
@@ -39,23 +32,6 @@ NEAR = {
     "float32": f"{CLIPPED};evaluation.every_steps=1;evaluation.samples=1",
     "trained head": "adapter.modules_to_save=[lm_head];training.gradient_checkpointing=true;distributed.offload=true",
 }
-
-
-def launch(recipe: Path, out: Path, *runs: str, processes: int = 2) -> list[dict[str, Any]]:
-    """Make the runs in several processes, or in one, and return what rank 0 found in each."""
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(FOLDER)]))
-    out.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, *together, str(SCRIPT), str(recipe), str(out), *runs],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((out / f"{number}.json").read_text()) for number in range(len(runs))]
 
 
 def pairs(variants: dict[str, str], strategy: str) -> list[str]:

@@ -96,7 +96,9 @@ def train(
     console = open_console()
     if planning:
         with interruptible(advice), RunDisplay(console, plan_only=True) as display:
-            prepare(read, restart=restart, listen=display, budget=fit, processes=layout.count)
+            plan = prepare(read, restart=restart, listen=display, budget=fit, processes=layout.count).plan
+        if plan.fit is not None and plan.fit.largest is None:
+            raise typer.Exit(1)
         return
     reuse_freed_memory()
     crew = join_crew()

@@ -29,7 +29,6 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
     share, memory = plan.trainable / plan.total, plan.memory
     about = "more than" if memory.gap else "about"
     shared = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
-    shared += ", which share the base out" if plan.sharded else ""
     console.print(
         f"[bold]Plan[/]  {len(plan.layers)} layers adapted, {plan.trainable:,} of {plan.total:,} parameters trained "
         f"({share:.2%})\n"
@@ -37,6 +36,11 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
         f"{about} {memory.total / 1e9:.1f} GB of memory on each device",
         highlight=False,
     )
+    if plan.strategy:
+        base = "each holds a share of the base" if plan.sharded else "each holds the whole base"
+        console.print(f"      Strategy of the processes: {plan.strategy}; {base}", highlight=False)
+    if plan.idle_strategy:
+        console.print(f"      distributed.strategy: {plan.idle_strategy} has no effect with one process", highlight=False)
     if memory.gap:
         console.print(
             f"      The model's activations are not in it, because its step cannot be simulated: {memory.gap}", markup=False

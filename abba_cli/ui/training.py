@@ -21,6 +21,7 @@ from abba_cli.prepared import PreparedData, Span
 from abba_cli.ui.forecast import show_plan
 
 _LINE_EVERY_SECONDS = 10.0
+_TELLING_SECONDS = 60.0  # of a run; the share that saving takes of a shorter one says nothing about a longer one
 
 
 class RunDisplay:
@@ -183,8 +184,9 @@ def show_summary(console: Console, event: Finished) -> None:
     memory = f"{outcome.peak_memory_bytes / 1e9:.1f} GB"
     console.print(f"[bold green]Finished[/] after {outcome.steps} steps in {duration(outcome.seconds)}; peak memory {memory}")
     if outcome.saving_seconds is not None:
-        share = outcome.saving_seconds / max(outcome.seconds, outcome.saving_seconds, 1e-9)
-        console.print(f"  saving took {outcome.saving_seconds:.1f} s, {share:.1%} of the time", highlight=False)
+        known = outcome.seconds >= _TELLING_SECONDS
+        share = f", {min(1.0, outcome.saving_seconds / outcome.seconds):.1%} of the time" if known else ""
+        console.print(f"  saving took {outcome.saving_seconds:.1f} s{share}", highlight=False)
     if outcome.steps < outcome.planned_steps:
         console.print(f"  stopped early: {outcome.planned_steps} steps were planned")
     if outcome.train_loss is not None:
