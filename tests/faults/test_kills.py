@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from breaking import die_at, die_before
 from conftest import Faults
-from running import Training, goes_on, newest, start, steps_lost
+from running import STEPS, Training, goes_on, last_step, newest, start, steps_lost
 
 from abba_cli import RunDir
 
@@ -24,6 +24,7 @@ def went_on_from(training: Training, checkpoint: Path | None) -> bool:
 def test_killed_at_random_moments(
     recipe: Path, undisturbed: RunDir, seconds: float, many: int | None, faults: Faults, tmp_path: Path
 ) -> None:
+    """A moment is a random part of a step after a random step: by the clock alone, a busy machine dies before its first one."""
     moments, left, number = random.Random(6), many or 2, 0
     while left:
         number += 1
@@ -31,8 +32,10 @@ def test_killed_at_random_moments(
         with faults.of("SIGKILL at a random moment") as tally:
             while left:
                 before = newest(RunDir(output))
+                step = moments.randint(min(last_step(RunDir(output)), STEPS - 1), STEPS - 1)
                 training = start(recipe, f"output={output}")
-                training.process.join(moments.uniform(0, 0.8 * seconds))
+                training.wait_for_step(step)
+                training.process.join(moments.uniform(0, seconds / STEPS))
                 if not training.process.is_alive():
                     break
                 tally.add(training.killed())
