@@ -6,11 +6,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
+from abba_cli.adapter.starts import AWAY_FROM_BASE
 from abba_cli.adapting import AdaptedLayer, adapted_layers
 from abba_cli.errors import ModelError
 from abba_cli.forecast.fitting import Fit, fit
 from abba_cli.forecast.prediction import Forecast, forecast
 from abba_cli.forecast.rows import heavy_rows
+from abba_cli.methods import in_words
 from abba_cli.prepared import PreparedData
 from abba_cli.recipe import Recipe
 
@@ -22,6 +24,8 @@ class Plan:
     Args:
         model: Name of the base in the recipe.
         layers: The adapted layers.
+        update: What is added to their weights, in words.
+        begins_away: The start of the factors, where it is another model than the base; else None.
         trainable: Parameters that are trained.
         total: Parameters in all.
         processes: Processes that train together.
@@ -37,6 +41,8 @@ class Plan:
 
     model: str
     layers: list[AdaptedLayer]
+    update: str
+    begins_away: str | None
     trainable: int
     total: int
     processes: int
@@ -96,6 +102,8 @@ def make_plan(
     return Plan(
         model=recipe.model.name,
         layers=adapted_layers(adapted),
+        update=in_words(recipe.adapter),
+        begins_away=recipe.adapter.init if recipe.adapter.init in AWAY_FROM_BASE else None,
         trainable=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         total=sum(parameter.numel() for parameter in adapted.parameters()),
         processes=processes,

@@ -36,6 +36,9 @@ def show_plan(console: Console, plan: Plan, everything: bool) -> None:
         f"{about} {memory.total / 1e9:.1f} GB of memory on each device",
         highlight=False,
     )
+    console.print(f"      Added to each weight: {plan.update}", highlight=False, markup=False)
+    if plan.begins_away:
+        console.print(f"      adapter.init: {plan.begins_away} begins with another model than the base", highlight=False)
     if plan.strategy:
         base = "each holds a share of the base" if plan.sharded else "each holds the whole base"
         console.print(f"      Strategy of the processes: {plan.strategy}; {base}", highlight=False)
