@@ -88,7 +88,7 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -m 'not slow' -W default $(TOUCHES_LIBRARIES)
 
 TOUCHES_LIBRARIES := tests/test_training.py tests/test_prompts.py tests/test_head.py tests/test_merging.py tests/test_generating.py \
-	tests/test_importing.py tests/test_forecast.py tests/export/test_lora.py tests/export/test_loha.py tests/adapter
+	tests/test_importing.py tests/test_forecast.py tests/test_methods.py tests/export/test_lora.py tests/export/test_loha.py tests/adapter
 
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

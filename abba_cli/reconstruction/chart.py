@@ -1,11 +1,10 @@
 """Error against rank as a picture: a panel for each matrix or type of layer, a line for each method."""
 
 import io
-import os
 import textwrap
 from pathlib import Path
 
-from abba_cli.disk import disk_errors
+from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.reconstruction.reporting import LABELS, Summary
 
 # Told apart by most eyes, and without colour by marker and stroke.
@@ -50,10 +49,5 @@ def draw(summary: Summary, path: Path) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150, metadata={"Software": "abba reconstruct"})
-    partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
-        try:
-            partial.write_bytes(picture.getvalue())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, picture.getvalue())

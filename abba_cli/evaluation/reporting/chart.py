@@ -1,14 +1,13 @@
 """A comparison as a picture: a dot for each score, with its 95% interval."""
 
 import io
-import os
 import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abba_cli.disk import disk_errors
+from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.errors import DataError
 from abba_cli.evaluation.reporting.comparing import AVERAGE, Comparison
 from abba_cli.evaluation.reporting.side_by_side import MADE_BY
@@ -60,13 +59,8 @@ def comparison_png(comparison: Comparison, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label in a script that the font lacks
         figure.savefig(picture, format="png", dpi=150, metadata={"Software": MADE_BY})
-    partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
-        try:
-            partial.write_bytes(picture.getvalue())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, picture.getvalue())
 
 
 def _draw(axes: Any, comparison: Comparison, drawn: Sequence[int]) -> list[Any]:
