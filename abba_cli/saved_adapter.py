@@ -215,6 +215,8 @@ def _check_plain(path: Path, settings: Mapping[str, Any], kind: type[PeftConfig]
     for one in fields(kind):
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         value = settings.get(one.name, default)
+        if one.name == "init_lora_weights" and value in ("gaussian", "orthogonal"):
+            continue  # other starts by name, such as PiSSA's, change the base as well
         if one.name not in _UNDERSTOOD and value and value != default and not one.name.startswith("runtime"):
             raise ModelError(f"{path}: {one.name} is {str(value)[:60]!r} in its adapter_config.json, which abba does not read")
 
@@ -223,7 +225,7 @@ _UNDERSTOOD = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("lora_dropout", "hira_dropout", "rank_dropout", "module_dropout", "use_effective_conv2d"),
+    *("lora_dropout", "hira_dropout", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
 }
 
 

@@ -191,6 +191,7 @@ def test_what_does_not_go_together(sections: dict[str, str], message: str, recip
     [
         ({"layer_replication": [[0, 2]]}, "layer_replication is '[[0, 2]]' in its adapter_config.json, which abba does not read"),
         ({"megatron_config": {"a": 1}}, "megatron_config is"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"r": 5}, r"lora_B.weight is 32 x 8, expected 32 x 5 from the ranks 5"),
         ({"r": None}, "is broken"),
         ({"use_dora": True}, "lora_magnitude_vector"),
