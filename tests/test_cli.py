@@ -58,7 +58,7 @@ def test_dry_run_writes_nothing(abba: Callable[..., tuple[int, str, str]], recip
     code, out, err = abba("train", recipe_file(), "--dry-run")
     assert code == 0, err
     assert "Memory forecast" in out
-    assert re.search(r"q_proj +2 +32 x 32 +4 +3 +896", out)
+    assert re.search(r"q_proj +2 +32 x 32 +4, 3 +896", out)
     assert not (tmp_path / "run").exists()
 
 

@@ -77,13 +77,12 @@ def elsewhere(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def small(folder: Path) -> dict[str, Any]:
     """A recipe that works, but for one setting: found out after the data is read, before the forecast."""
-    model = write_model(folder / "model", write_tokenizer(folder / "tokenizer"))
+    model = write_model(folder / "model", write_tokenizer(folder / "tokenizer"), max_position_embeddings=8)
     (folder / "good.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "adapter": {"r1": 2, "r2": 2},
         "data": {"train": "good.jsonl", "template": "alpaca"},
-        "distributed": {"strategy": "fsdp", "offload": True},
         "training": {"max_steps": 1},
         "output": "out/small",
     }
@@ -99,8 +98,8 @@ def test_the_small_recipe_is_read_to_its_data(small: dict[str, Any], folder: Pat
     """Without this, every case below could end at the same first error."""
     code, message = dry_run("data", small, folder)
     assert code == 1
-    assert "distributed.offload" in message
-    assert dry_run("recipes", small, folder, "distributed.offload=false")[0] == 0
+    assert "the model has 8 positions" in message
+    assert dry_run("recipes", small, folder, "data.max_length_tokens=8", "data.supervise=all")[0] == 0
     assert not (folder / "out").exists()
 
 

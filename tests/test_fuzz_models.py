@@ -107,17 +107,20 @@ def run(folder: Path) -> Path:
         "output": str(folder / "run"),
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
-    return train(folder / "run.yaml").path
+    made = train(folder / "run.yaml").path
+    more = ("--set", "training.max_steps=2", "--num-processes", "3")
+    assert "which 3 processes cannot share evenly" in run_case("runs", "train", folder / "run.yaml", "--dry-run", *more)[1]
+    return made
 
 
 @cases(30)
 @given(data=st.data())
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_runs_to_go_on_with(name: str, data: st.DataObject, run: Path, folder: Path) -> None:
-    """With one more step to make, so that the run's record, checkpoint and data are looked at."""
+    """With one more step to make, so that the run's record, checkpoint and data are looked at; one row is none for three."""
     file = run / name
     with Spoiling(file, spoilt(data, file)):
-        more = ["--set", "training.max_steps=2", "--set", "distributed.strategy=fsdp", "--set", "distributed.offload=true"]
+        more = ["--set", "training.max_steps=2", "--num-processes", "3"]
         run_case("runs", "train", folder / "run.yaml", "--dry-run", *more)
         run_case("runs", "export", "--adapter", run, "--format", "abba", "--output", folder / "out", "--overwrite")
 

@@ -115,7 +115,7 @@ class AbbaConfig(PeftConfig):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` is {self.dropout!r}, but it has to be at least 0 and less than 1.")
         if not isinstance(self.init_weights, bool) and self.init_weights not in STARTS:
-            raise ValueError(f"`init_weights` is {self.init_weights!r}, not True, False or one of {STARTS}.")
+            raise ValueError(f"`init_weights` is {self.init_weights!r}, not one of {(True, False, *STARTS)}.")
         if not isinstance(self.scale_exponent, (int, float)) or not 0 <= self.scale_exponent <= 2:
             raise ValueError(f"`scale_exponent` is {self.scale_exponent!r}, but it has to be between 0 and 2.")
         if self.bias not in BIAS:

@@ -13,8 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_adapter_model import abba_layers, config, logits, train, trained
 
-from abba_cli.adapter import AbbaConfig, factors
-from abba_cli.adapter import layer as layer_module
+from abba_cli.adapter import AbbaConfig, factors, starts
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("an SVD was run")
 
-    for module, name in ((layer_module, "svd_init"), (factors, "truncated_svd"), (torch.linalg, "svd")):
+    for module, name in ((starts, "svd_init"), (factors, "truncated_svd"), (torch.linalg, "svd")):
         monkeypatch.setattr(module, name, refuse)
 
 
