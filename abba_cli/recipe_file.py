@@ -242,7 +242,8 @@ def _explain(
     problems: dict[KeyPath, tuple[int, str]] = {}
     order = {known: place for place, known in enumerate(origins)}
     for item in error.errors():
-        where = _place(item["loc"], tree, missing=item["type"] == "missing")
+        # A key that is no text, such as null, is not found in the tree by pydantic's name for it.
+        where = item["loc"] if item["type"] == "invalid_key" else _place(item["loc"], tree, missing=item["type"] == "missing")
         if _within(where, told):
             continue
         key = _dotted(where)
@@ -295,6 +296,5 @@ def _nearest_key(where: KeyPath) -> str:
     elsewhere = [f"{section}.{wrong}" for section in keys_of(()) if wrong in keys_of((section,))]
     likeness = {key: difflib.SequenceMatcher(None, wrong, key).ratio() for key in here}
     close = [key for key, ratio in likeness.items() if ratio == max(likeness.values()) and ratio >= 0.55]
-    if meant := elsewhere or close:
-        return f"; did you mean {' or '.join(meant)}?"
-    return f"; expected one of {', '.join(here)}"
+    meant = elsewhere or close
+    return f"; did you mean {' or '.join(meant)}?" if meant else f"; expected one of {', '.join(here)}"
