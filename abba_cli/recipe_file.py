@@ -81,7 +81,7 @@ def validate(
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        found += _explain(error, tree, origins or {}, source, problems or {})
+        found += _explain(error.errors(), tree, origins or {}, source, problems or {})
     if not found:
         return recipe
     raise RecipeError("\n  ".join([f"{source} has {len(found)} problems:", *found] if len(found) > 1 else found))
@@ -235,15 +235,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _explain(
-    error: ValidationError, tree: Any, origins: Mapping[KeyPath, str], source: str, told: Collection[KeyPath]
-) -> list[str]:
+def _explain(errors: list[Any], tree: Any, origins: Mapping[KeyPath, str], source: str, told: Collection[KeyPath]) -> list[str]:
     """One line for each key with a problem: where it stands, what was found, what was expected, what to try."""
     problems: dict[KeyPath, tuple[int, str]] = {}
     order = {known: place for place, known in enumerate(origins)}
-    for item in error.errors():
-        # A key that is no text, such as null, is not found in the tree by pydantic's name for it.
-        where = item["loc"] if item["type"] == "invalid_key" else _place(item["loc"], tree, missing=item["type"] == "missing")
+    for item in errors:
+        where = _place(item, tree)
         if _within(where, told):
             continue
         key = _dotted(where)
@@ -266,8 +263,11 @@ def _explain(
     return [problem for _, problem in sorted(problems.values(), key=lambda numbered: numbered[0])]
 
 
-def _place(loc: Sequence[str | int], tree: Any, missing: bool) -> KeyPath:
+def _place(item: Mapping[str, Any], tree: Any) -> KeyPath:
     """The part of pydantic's location that is in the YAML: it goes on with union branches such as `list[str]`."""
+    loc, missing = item["loc"], item["type"] == "missing"
+    if item["type"] == "invalid_key":  # one that is no text, such as null, for which pydantic has a name of its own
+        return (*loc[:-1], _shown(item["input"]).strip('"'))
     node = tree
     for depth, part in enumerate(loc):
         if isinstance(node, dict) and (part in node or (missing and depth == len(loc) - 1)):

@@ -288,8 +288,8 @@ def test_one_problem_is_one_line(write: Write, lines: str, message: str) -> None
 
 def test_keys_that_are_no_text(write: Write) -> None:
     keys = "model, adapter, data, training, evaluation, checkpoints, distributed, logging, output"
-    assert problems(write(SOUND + "null: 3\n")) == [f"r.yaml: unknown key None; expected one of {keys}"]
-    assert "unknown key None; expected one of model" in problems(write("? \n"))[-1]
+    assert problems(write(SOUND + "null: 3\n")) == [f"r.yaml:4: unknown key null; expected one of {keys}"]
+    assert "unknown key null; expected one of model" in problems(write("? \n"))[-1]
 
 
 def test_long_values_are_cut(write: Write) -> None:
