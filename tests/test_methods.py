@@ -106,6 +106,7 @@ def test_all_have_the_size_of_the_budget(base: Path, recipe_file: RecipeFile) ->
         prepare(load_recipe(recipe_file(model=f"{{name: {base}}}", adapter=section)), listen=plans.append)
         plan = next(event.plan for event in plans if isinstance(event, Planned))
         sizes[method] = plan.trainable
+        assert plan.memory.gap == ""
         assert re.search(r"r1 = 4, r2 = 4 |r1 = 3, r2 = 5 |of rank 8\b|\(B2 A2\), of rank 4,", plan.update), plan.update
     outputs = 2 * sum(
         {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 72, "up_proj": 72, "down_proj": 32}.values()

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from abba_cli.forecast.quantised import quantise
-from abba_cli.methods import is_factor
+from abba_cli.methods import factor_layers, is_factor
 from abba_cli.recipe import Recipe
 
 
@@ -52,6 +52,9 @@ def stand_in(recipe: Recipe, skeleton: PeftModel, whole: bool = False) -> StandI
         base_of(model).set_attn_implementation(attention)
     base_of(model).config.use_cache = False
     model.train()
+    if recipe.adapter.method == "loha":
+        for _, layer in factor_layers(model):
+            layer.eval()  # in training PEFT's draws a number and looks at it, for a dropout of modules that is off
     if recipe.training.gradient_checkpointing:
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     sequence = kept if whole else [kept.index(kinds.index(kind)) for kind in kinds]
