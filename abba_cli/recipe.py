@@ -206,10 +206,10 @@ class Recipe(Section):
         if self.data.packing and self.training.group_by_length:
             raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
         strategy = self.distributed.strategy
-        if self.model.quantization != "none" and self.adapter.method in ("hira", "loha"):
+        kind, method = self.model.quantization, self.adapter.method
+        if (kind != "none" and method in ("hira", "loha")) or (kind == "int8" and method == "dora"):
             raise ValueError(
-                f"model.quantization: PEFT's {self.adapter.method} takes no quantised base, found {self.model.quantization}: set "
-                "it to none"
+                f"model.quantization: PEFT's {method} takes no {kind} base: set it to none, or choose another method"
             )
         if strategy in ("fsdp", "deepspeed"):
             if not self.adapter.is_abba:

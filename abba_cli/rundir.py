@@ -29,10 +29,10 @@ from abba_cli.sealing import is_complete, is_sealed, remove_checkpoint
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _LEFT_BY_A_START = {".lock", ".provenance.json.partial"}  # that was killed before its first file
+_BATCH = ("training.batch_size", "training.gradient_accumulation")
 # A run may be continued with other values of these: they set how long it runs, what is reported, and how much memory a step
 # takes, not what it computes.
 # The data's content is held by its fingerprint, so that a folder may be moved.
-_BATCH = ("training.batch_size", "training.gradient_accumulation")
 _MAY_CHANGE = (
     "output",
     "training.max_steps",

@@ -175,7 +175,7 @@ def open_adapter(path: Path) -> SavedAdapter:
         if not isinstance(method, str) or method not in CONFIGS:
             raise ModelError(
                 f"{path} holds {f'a {str(method)[:40]}' if method else 'no PEFT'} adapter; expected an ABBA one, or one of "
-                f"{', '.join(name for name in CONFIGS if name != 'ABBA')} (`abba import` reads those of the authors' code)"
+                f"{', '.join(name for name in CONFIGS if name != 'ABBA')} (`abba import` reads LyCORIS's and the authors')"
             )
         _check_types(path, settings) if method == "ABBA" else _check_plain(path, settings, CONFIGS[method])
         with _plausible(path):

@@ -176,8 +176,9 @@ def test_two_processes_train_it(base: Path, recipe_file: RecipeFile, tmp_path: P
         ({"adapter": "{combine: sum, init: svd}"}, "combine: sum starts with both B at zero"),
         (
             {"adapter": "{method: loha}", "model": "{name: x, quantization: nf4}"},
-            "PEFT's loha takes no quantised base, found nf4",
+            "PEFT's loha takes no nf4 base",
         ),
+        ({"adapter": "{method: dora}", "model": "{name: x, quantization: int8}"}, "dora takes no int8 base"),
         ({"adapter": "{method: dora}", "distributed": "{strategy: fsdp}"}, "fsdp trains abba alone"),
     ],
 )
