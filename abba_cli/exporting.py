@@ -103,9 +103,10 @@ def export(
     output = place(output or _default_output(adapter, folder, format))
     check_output(output, overwrite, command="export", sources=[folder])
     saved = open_adapter(folder)
-    if saved.update != "added" and format not in ("gguf", "abba"):
+    if (saved.update != "added" or saved.method == "FULL") and format not in ("gguf", "abba"):
+        what = "of full rank" if saved.method == "FULL" else f"{saved.update}, not added"
         raise ModelError(
-            f"{folder} holds a {saved.method} adapter whose update is {saved.update}, not added, which {format} cannot hold; "
+            f"{folder} holds a {saved.method} adapter whose update is {what}, which {format} cannot hold; "
             "export the merged model with --format gguf, or merge it"
         )
     if rank is not None and rank > exact_rank(saved):

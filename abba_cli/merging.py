@@ -205,6 +205,8 @@ _KINDS = {
     "LORA": "LoRA, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685)",
     "HIRA": "HiRA, [ICLR 2025](https://openreview.net/forum?id=TwJrTz9cRS)",
     "LOHA": "LoHa, [arXiv 2108.06098](https://arxiv.org/abs/2108.06098)",
+    "FULL": "full fine-tuning",
+    "CHAIN": "a chain of Hadamard products",
 }
 
 

@@ -12,13 +12,21 @@ from torch import nn
 from abba_cli.adapter import AbbaConfig, scale
 from abba_cli.adapter.layer import AbbaLayer
 from abba_cli.bases import Base
+from abba_cli.dense_methods import ChainConfig, FullConfig
 from abba_cli.recipe_adapter import AdapterSection
 
-CONFIGS: dict[str, type[PeftConfig]] = {"ABBA": AbbaConfig, "LORA": LoraConfig, "HIRA": HiraConfig, "LOHA": LoHaConfig}
+CONFIGS: dict[str, type[PeftConfig]] = {
+    "ABBA": AbbaConfig,
+    "LORA": LoraConfig,
+    "HIRA": HiraConfig,
+    "LOHA": LoHaConfig,
+    "FULL": FullConfig,
+    "CHAIN": ChainConfig,
+}
 """PEFT's names of the methods, as adapter_config.json has them, and their settings."""
 DECISIVE = (
     *("r1", "r2", "r", "alpha", "lora_alpha", "scale_exponent", "dropout", "lora_dropout", "hira_dropout"),
-    *("rank_pattern", "alpha_pattern", "use_dora", "use_rslora"),
+    *("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "pairs"),
 )
 """Settings that a saved adapter must share with the recipe that goes on from it."""
 _STARTS = ("init_weights", "init_lora_weights")
@@ -31,16 +39,22 @@ def adapter_config(adapter: AdapterSection, base: Base) -> PeftConfig:
         "target_modules": adapter.targets,
         "exclude_modules": adapter.exclude,
         "layers_to_transform": adapter.layers,
-        "rank_pattern": ranks,
         "modules_to_save": adapter.modules_to_save or None,
         "base_model_name_or_path": base.location,
         "revision": base.revision,
         "task_type": "CAUSAL_LM",
     }
+    settings: Any = adapter  # the section has filled in what was left open
+    if adapter.method == "full":
+        return FullConfig(**common)
+    if adapter.pairs > 2:
+        return ChainConfig(
+            pairs=adapter.pairs, r=settings.r1, alpha=settings.alpha, scale_exponent=settings.scale_exponent, **common
+        )
+    common["rank_pattern"] = ranks
     if adapter.combine == "sum":
         return _sum(adapter, common)
     alphas = dict(adapter.alpha_pattern)
-    settings: Any = adapter  # the section has filled in what was left open
     match adapter.method:
         case "abba":
             return AbbaConfig(
@@ -96,6 +110,13 @@ def method_of(config: PeftConfig) -> str:
 
 def in_words(adapter: AdapterSection) -> str:
     """What is added to an adapted weight W0, with its ranks and scale, for people who read about a trained adapter."""
+    if adapter.method == "full":
+        return "dW, every number of which is trained"
+    if adapter.pairs > 2 and adapter.scale_exponent is not None:
+        return (
+            f"s (B1 A1) * ... * (B{adapter.pairs} A{adapter.pairs}), each pair of rank {adapter.r1}, with "
+            f"s = alpha^2 / r^{adapter.pairs * adapter.scale_exponent:g}, alpha = {adapter.alpha:g}"
+        )
     if adapter.combine is not None:
         pairs = "(B1 A1) * (B2 A2)" if adapter.combine == "hadamard" else "(B1 A1 + B2 A2)"
         e = adapter.scale_exponent
@@ -127,6 +148,9 @@ def ranks_and_scale(config: PeftConfig, layer: str) -> tuple[int, int, float]:
             return rank, 1, alphas.get(alpha_key, config.lora_alpha) / (math.sqrt(rank) if config.use_rslora else rank)
         case HiraConfig():
             return ranks.get(key, config.r), 1, 1.0
+        case ChainConfig():
+            half = (config.pairs + 1) // 2
+            return config.r**half, config.r ** (config.pairs - half), config.scaling
     raise TypeError(f"{type(config).__name__} is no method of {', '.join(CONFIGS)}")
 
 

@@ -88,7 +88,7 @@ def hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "cpu_threads": torch.get_num_threads(), "gpus": gpus}
 
 
-_IMPORT = "import abba_cli.adapter  # pip install abba-cli; teaches PEFT the method\n"
+_IMPORT = "import {}  # pip install abba-cli; teaches PEFT the method\n"
 _KINDS = {
     "abba": "An ABBA adapter ([arXiv 2505.14238](https://arxiv.org/abs/2505.14238))",
     "lora": "A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685))",
@@ -96,6 +96,7 @@ _KINDS = {
     "dora": "A DoRA adapter ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353))",
     "hira": "A HiRA adapter ([ICLR 2025](https://openreview.net/forum?id=TwJrTz9cRS))",
     "loha": "A LoHa adapter ([arXiv 2108.06098](https://arxiv.org/abs/2108.06098))",
+    "full": "The weights of fully fine-tuned layers, as differences",
 }
 
 
@@ -115,6 +116,8 @@ def write_card(run: RunDir, recipe: Recipe, base: Base, plan: Plan, outcome: Out
     if outcome.eval_loss is not None:
         before = f" (before training: {outcome.eval_loss_before:.4f})" if outcome.eval_loss_before is not None else ""
         losses.append(f"- evaluation loss: {outcome.eval_loss:.4f}{before}")
+    ours = "abba_cli.adapter" if adapter.is_abba else "abba_cli.dense_methods"
+    imported = _IMPORT.format(ours) if adapter.is_abba or adapter.method == "full" or adapter.pairs > 2 else ""
     text = f"""---
 {card_data.to_yaml()}
 ---
@@ -134,7 +137,7 @@ weight it adds
 ## Use
 
 ```python
-{_IMPORT if adapter.is_abba else ""}from peft import AutoPeftModelForCausalLM
+{imported}from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("{run.path.name}")
 ```

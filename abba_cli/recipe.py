@@ -207,10 +207,10 @@ class Recipe(Section):
             raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
         strategy = self.distributed.strategy
         kind, method = self.model.quantization, self.adapter.method
-        if (kind != "none" and method in ("hira", "loha")) or (kind == "int8" and method == "dora"):
-            raise ValueError(
-                f"model.quantization: PEFT's {method} takes no {kind} base: set it to none, or choose another method"
-            )
+        if (kind != "none" and method in ("hira", "loha", "full")) or (kind == "int8" and method == "dora"):
+            raise ValueError(f"model.quantization: {method} takes no {kind} base: set it to none, or choose another method")
+        if kind != "none" and self.adapter.pairs > 2:
+            raise ValueError(f"model.quantization: a chain of pairs takes no {kind} base: set it to none, or adapter.pairs to 2")
         if strategy in ("fsdp", "deepspeed"):
             if not self.adapter.is_abba:
                 raise ValueError(f"distributed.strategy: {strategy} trains abba alone; set it to ddp for the methods of PEFT")

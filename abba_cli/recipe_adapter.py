@@ -8,13 +8,17 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 
 from abba_cli.recipe_section import LayerNames, Rank, Regex, Section, Share
 
-Method = Literal["abba", "lora", "rslora", "dora", "hira", "loha"]
+Method = Literal["abba", "lora", "rslora", "dora", "hira", "loha", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
 _PAIRS = {"abba": 2, "loha": 2}
 """Pairs (B, A) of a method; of all others there is one. A pair of rank r has r (m + n) parameters."""
-_KEYS = {"abba": ("r1", "r2", "combine", "scale_exponent", "init", "kernel", "alpha", "alpha_pattern", "dropout")}
+_KEYS: dict[str, tuple[str, ...]] = {
+    "abba": ("r1", "r2", "pairs", "combine", "scale_exponent", "init", "kernel", "alpha", "alpha_pattern", "dropout"),
+    "hira": ("rank", "dropout"),
+    "loha": ("rank", "alpha", "alpha_pattern"),
+    "full": (),
+}
 _RANK_ALPHA = ("rank", "alpha", "alpha_pattern", "dropout")
-_KEYS_OF_OTHERS = {"hira": ("rank", "dropout"), "loha": ("rank", "alpha", "alpha_pattern")}
 
 
 class BudgetSection(Section):
@@ -35,7 +39,9 @@ class AdapterSection(Section):
     model_config = ConfigDict(validate_default=True)
 
     method: Method = Field(
-        "abba", description="The adapter method. All but abba are PEFT's own implementations, to compare with."
+        "abba",
+        description="The method. full trains the targeted layers' weights whole; all others but abba are PEFT's own "
+        "implementations, to compare with.",
     )
     budget: BudgetSection | None = Field(
         None,
@@ -49,6 +55,9 @@ class AdapterSection(Section):
     )
     scale_exponent: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="abba: e in s = alpha^2 / (r1*r2)^e; null is 0.5, the rank-stable one."
+    )
+    pairs: Annotated[int, Field(ge=2, le=8)] = Field(
+        2, description="abba: pairs that are multiplied; more than 2 make a chain, whose pairs all have rank r1 = r2."
     )
     r1: Rank | None = Field(
         None, description="abba: rank of the first pair, which starts from the weight's singular vectors; null is 16."
@@ -106,20 +115,29 @@ class AdapterSection(Section):
 
     @model_validator(mode="after")
     def _keys_fit_method(self) -> "AdapterSection":
-        keys = _KEYS_OF_OTHERS.get(self.method, _KEYS.get(self.method, _RANK_ALPHA))
-        for key in (*_KEYS["abba"], "rank"):
-            if key not in keys and getattr(self, key):
-                raise ValueError(f"{key} does not go with method {self.method}, which has {', '.join(keys)}")
+        keys = _KEYS.get(self.method, _RANK_ALPHA)
+        for key in (*_KEYS["abba"], "rank", *(["budget", "rank_pattern"] if self.method == "full" else [])):
+            if key not in keys and getattr(self, key) != (2 if key == "pairs" else None) and getattr(self, key):
+                raise ValueError(f"{key} does not go with method {self.method}, which has {', '.join(keys) or 'no size to set'}")
         if self.method != "abba" and any(isinstance(rank, tuple) for rank in self.rank_pattern.values()):
             raise ValueError(f"rank_pattern has a pair of ranks, but {self.method} has one rank: expected a number for each name")
         if self.combine == "sum" and (self.init != "zeros" or self.kernel != "auto"):
             raise ValueError("combine: sum starts with both B at zero, and has no kernels: leave init and kernel out")
-        if self.budget is not None and not 0 <= self.size - self.budget.size < _PAIRS.get(self.method, 1):
+        if self.pairs > 2:
+            self._is_plain_chain()
+        if self.budget is not None and not 0 <= self.size - self.budget.size < max(self.pairs, _PAIRS.get(self.method, 1)):
             raise ValueError(
                 f"budget is {self.budget.size} (m + n) parameters a layer, but the ranks given have {self.size} (m + n); "
                 "leave r2 (or rank) out and it follows from the budget"
             )
         return self
+
+    def _is_plain_chain(self) -> None:
+        plain = {"combine": "hadamard", "init": "svd", "kernel": "auto", "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+        if other := [key for key, value in plain.items() if getattr(self, key) != value]:
+            raise ValueError(f"a chain of {self.pairs} pairs takes no {other[0]} of its own: leave it out, or set pairs to 2")
+        if self.r1 != self.r2:
+            raise ValueError(f"the pairs of a chain have one rank, but r1 is {self.r1} and r2 is {self.r2}: make them equal")
 
     @field_validator("method", mode="before")
     @classmethod
@@ -131,7 +149,7 @@ class AdapterSection(Section):
     @property
     def is_abba(self) -> bool:
         """Whether our own layers are trained, not PEFT's."""
-        return self.method == "abba" and self.combine == "hadamard"
+        return self.method == "abba" and self.combine == "hadamard" and self.pairs == 2
 
     @property
     def size(self) -> int:
@@ -139,8 +157,8 @@ class AdapterSection(Section):
         if self.method == "abba":
             assert self.r1 is not None
             assert self.r2 is not None
-            return self.r1 + self.r2
-        assert self.rank is not None
+            return self.r1 + self.r2 if self.pairs == 2 else self.pairs * self.r1
+        assert self.rank is not None  # full has no budget to compare with
         return _PAIRS.get(self.method, 1) * self.rank
 
 
@@ -152,6 +170,8 @@ def _default(key: str, above: Mapping[str, Any]) -> Any:
     method, budget = above.get("method"), above.get("budget")
     size = 32 if budget is None else budget.size
     match method, key:
+        case "abba", "r1" | "r2" if above.get("pairs", 2) > 2:
+            return above.get("r1") or math.ceil(size / above["pairs"])
         case "abba", "r1":
             return max(1, size // 2)
         case "abba", "r2":

@@ -4,24 +4,23 @@ Shapes: an adapted layer's frozen weight W0 is (m, n); its factors are B1 (m, r1
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from abba_cli.adapter import AbbaConfig, Factors
+from abba_cli.adapter import Factors
+from abba_cli.dense_methods import two_pairs
 from abba_cli.errors import ModelError
 from abba_cli.hub import explain
 from abba_cli.methods import CONFIGS, method_of, ranks_and_scale
 from abba_cli.rundir import ADAPTER_FILES, RunDir
+from abba_cli.saved_settings import check_plain, check_types, plausible
 
 Update = Literal["added", "multiplied", "normalised"]
 
@@ -31,13 +30,18 @@ _FACTORS = {
     "LOHA": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     "LORA": ("lora_B.weight", "lora_A.weight"),
     "HIRA": ("hira_B", "hira_A"),
+    "FULL": ("full_delta",),
+    "CHAIN": ("chain_pair_B", "chain_pair_A"),
 }
 _MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One adapted layer: W0 is (m, n), and the update s (B1 A1) * (B2 A2); a single pair has a second one of ones (r2 = 1)."""
+    """One adapted layer: W0 is (m, n), and the update s (B1 A1) * (B2 A2); a single pair has a second one of ones (r2 = 1).
+
+    Full fine-tuning is a pair with a unit matrix, and a chain of pairs has those that are `two_pairs` of it.
+    """
 
     name: str
     m: int
@@ -70,6 +74,11 @@ class SavedAdapter:
         """The four factors of a layer, as stored."""
         with safe_open(self.path / ADAPTER_FILES[1], "pt") as file:
             stored = [file.get_tensor(f"{_PREFIX}{layer}.{one}") for one in _FACTORS[self.method]]
+        if self.method == "CHAIN":
+            return two_pairs(*stored)
+        if self.method == "FULL":  # dW = dW I, or I dW
+            m, n = stored[0].shape
+            stored = [*stored, torch.eye(n).to(stored[0])] if n <= m else [torch.eye(m).to(stored[0]), *stored]
         if len(stored) == 2:
             B, A = stored
             return Factors(B, A, B.new_ones(len(B), 1), A.new_ones(1, A.shape[1]))
@@ -87,7 +96,7 @@ class SavedAdapter:
 
     @property
     def method(self) -> str:
-        """PEFT's name of it: ABBA, LORA, HIRA or LOHA."""
+        """PEFT's name of it, one of CONFIGS."""
         return method_of(self.config)
 
     def parameter(self, name: str) -> torch.Tensor:
@@ -177,8 +186,8 @@ def open_adapter(path: Path) -> SavedAdapter:
                 f"{path} holds {f'a {str(method)[:40]}' if method else 'no PEFT'} adapter; expected an ABBA one, or one of "
                 f"{', '.join(name for name in CONFIGS if name != 'ABBA')} (`abba import` reads LyCORIS's and the authors')"
             )
-        _check_types(path, settings) if method == "ABBA" else _check_plain(path, settings, CONFIGS[method])
-        with _plausible(path):
+        check_types(path, settings) if method == "ABBA" else check_plain(path, settings, CONFIGS[method])
+        with plausible(path):
             config = PeftConfig.from_pretrained(str(path))
     shapes = _shapes(path)
     factors: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -197,7 +206,7 @@ def open_adapter(path: Path) -> SavedAdapter:
     missing = [f"{layer}.{one}" for layer, found in factors.items() for one in needed if one not in found]
     if missing or not factors:
         raise ModelError(f"{path} holds half an adapter: {_some(missing) if missing else 'factors'} missing")
-    with _plausible(path):
+    with plausible(path):
         layers = {layer: _layer(path, config, layer, found) for layer, found in factors.items()}
     return SavedAdapter(path, config, update, layers, whole)
 
@@ -208,45 +217,6 @@ def _split(method: str, name: str) -> tuple[str, str]:
         if name.endswith(f".{factor}"):
             return name[: -len(factor) - 1], factor
     return "", ""
-
-
-def _check_plain(path: Path, settings: Mapping[str, Any], kind: type[PeftConfig]) -> None:
-    """Refuse settings of a method that change what its tensors mean, or that would have PEFT import something."""
-    for one in fields(kind):
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        value = settings.get(one.name, default)
-        if one.name == "init_lora_weights" and value in ("gaussian", "orthogonal"):
-            continue  # other starts by name, such as PiSSA's, change the base as well
-        if one.name not in _UNDERSTOOD and value and value != default and not one.name.startswith("runtime"):
-            raise ModelError(f"{path}: {one.name} is {str(value)[:60]!r} in its adapter_config.json, which abba does not read")
-
-
-_UNDERSTOOD = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("lora_dropout", "hira_dropout", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
-}
-
-
-def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
-    """Hold the settings against the types that AbbaConfig declares: PEFT takes whatever is in the file."""
-    for name, kind in get_type_hints(AbbaConfig).items():
-        if name in (*AbbaConfig.__annotations__, "base_model_name_or_path", "revision") and name in settings:
-            try:
-                TypeAdapter(kind).validate_python(settings[name], strict=True)
-            except ValidationError:
-                shown = repr(settings[name])[:60]
-                raise ModelError(f"{path / ADAPTER_FILES[0]} is broken: {name} is {shown}; bring a good copy back") from None
-
-
-@contextmanager
-def _plausible(path: Path) -> Iterator[None]:
-    """Turn what a configuration with values of a wrong kind raises, wherever it is used, into a ModelError."""
-    try:
-        yield
-    except (TypeError, AttributeError, KeyError, IndexError, re.error) as error:
-        raise ModelError(f"{path / ADAPTER_FILES[0]} is broken: {error}; bring a good copy back") from error
 
 
 def is_repeated(name: str) -> bool:
@@ -274,10 +244,17 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(path: Path, config: PeftConfig, name: str, found: Mapping[str, tuple[int, ...]]) -> SavedLayer:
+    method = method_of(config)
+    letters = _FACTORS[method]
+    if method == "FULL":
+        m, n = found[letters[0]]
+        return SavedLayer(name, m, n, min(m, n), 1, 1.0)
     r1, r2, s = ranks_and_scale(config, name)
-    letters = _FACTORS[method_of(config)]
-    m, n = found[letters[0]][0], found[letters[1]][-1]
-    shapes = ((m, r1), (r1, n), (m, r2), (r2, n))
+    first, last = found[letters[0]], found[letters[1]]
+    m, n = first[-2 if method == "CHAIN" else 0], last[-1]
+    shapes: tuple[tuple[int, ...], ...] = ((m, r1), (r1, n), (m, r2), (r2, n))
+    if method == "CHAIN":
+        shapes = ((config.pairs, m, config.r), (config.pairs, config.r, n))  # type: ignore[attr-defined]
     for factor, shape in [*zip(letters, shapes, strict=False), *([(_MAGNITUDE, (m,))] if _MAGNITUDE in found else [])]:
         if found[factor] != shape:
             raise ModelError(

@@ -27,6 +27,8 @@ METHODS = {
     "hira": "{method: hira, budget: {rank: 8}}",
     "loha": "{method: loha, budget: {rank: 8}, rank_pattern: {down_proj: 2}}",
     "sum": "{combine: sum, budget: {rank: 8}, r1: 3, alpha: 2}",
+    "chain": "{pairs: 4, budget: {rank: 8}}",
+    "full": "{method: full}",
 }
 
 
@@ -82,8 +84,9 @@ def test_an_export_answers_alike_or_is_refused(method: str, base: Path, recipe_f
     recipe = recipe_file(model=f"{{name: {base}, dtype: float32}}", adapter=METHODS[method])
     adapter = louder(train(recipe, ["training.max_steps=1"]), tmp_path / "louder")
     for form in ("lora", "loha"):
-        if method in ("dora", "hira"):
-            with pytest.raises(ModelError, match=rf"not added, which {form} cannot hold"):
+        if method in ("dora", "hira", "full"):
+            reason = "of full rank" if method == "full" else "not added"
+            with pytest.raises(ModelError, match=rf"{reason}, which {form} cannot hold"):
                 export(adapter, format=form, output=tmp_path / form)
             continue
         written = export(adapter, format=form, output=tmp_path / form)
@@ -99,7 +102,7 @@ def test_all_have_the_size_of_the_budget(base: Path, recipe_file: RecipeFile) ->
     from abba_cli.recipe_file import load_recipe
 
     sizes = {}
-    for method in ("abba", *METHODS):
+    for method in ("abba", *(one for one in METHODS if one != "full")):
         section = METHODS.get(method, "{budget: {rank: 8}}")
         section = section if "pattern" not in section else f"{{method: {method}, budget: {{rank: 8}}}}"
         plans: list[Event] = []
@@ -107,7 +110,9 @@ def test_all_have_the_size_of_the_budget(base: Path, recipe_file: RecipeFile) ->
         plan = next(event.plan for event in plans if isinstance(event, Planned))
         sizes[method] = plan.trainable
         assert plan.memory.gap == ""
-        assert re.search(r"r1 = 4, r2 = 4 |r1 = 3, r2 = 5 |of rank 8\b|\(B2 A2\), of rank 4,", plan.update), plan.update
+        assert re.search(
+            r"r1 = 4, r2 = 4 |r1 = 3, r2 = 5 |of rank 8\b|\(B2 A2\), of rank 4,|each pair of rank 2,", plan.update
+        ), plan.update
     outputs = 2 * sum(
         {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 72, "up_proj": 72, "down_proj": 32}.values()
     )
@@ -176,7 +181,7 @@ def test_two_processes_train_it(base: Path, recipe_file: RecipeFile, tmp_path: P
         ({"adapter": "{combine: sum, init: svd}"}, "combine: sum starts with both B at zero"),
         (
             {"adapter": "{method: loha}", "model": "{name: x, quantization: nf4}"},
-            "PEFT's loha takes no nf4 base",
+            "loha takes no nf4 base",
         ),
         ({"adapter": "{method: dora}", "model": "{name: x, quantization: int8}"}, "dora takes no int8 base"),
         ({"adapter": "{method: dora}", "distributed": "{strategy: fsdp}"}, "fsdp trains abba alone"),

@@ -9,25 +9,9 @@ from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_model
 from peft.utils import PeftType, register_peft_method
 
+from .peft_types import add_peft_type
 
-def _add_peft_type() -> None:
-    """Adds ABBA to PEFT's closed enum of methods, without which `register_peft_method` refuses the name.
-
-    Ends when PEFT accepts names from outside: https://github.com/huggingface/peft (as of 0.21.2 it does not).
-    """
-    if "ABBA" in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, "ABBA")
-    member._name_ = "ABBA"
-    member._value_ = "ABBA"
-    # Before the map knows it: an enum refuses to reassign its members.
-    type.__setattr__(PeftType, "ABBA", member)
-    PeftType._member_map_["ABBA"] = member
-    PeftType._member_names_.append("ABBA")
-    PeftType._value2member_map_["ABBA"] = member
-
-
-_add_peft_type()  # before the imports below, which use the new member
+add_peft_type("ABBA")  # before the imports below, which use the new member
 
 from .config import AbbaConfig  # noqa: E402
 from .factors import Factors, delta_weight, khatri_rao, scale  # noqa: E402
