@@ -16,6 +16,7 @@ from abba_cli.commands.importing import import_
 from abba_cli.commands.merge import merge
 from abba_cli.commands.push import push
 from abba_cli.commands.reconstruct import reconstruct
+from abba_cli.commands.sweep import sweep
 from abba_cli.commands.train import train
 from abba_cli.errors import AbbaError, LostContact, TrainingInterrupted
 from abba_cli.launching import LAUNCHED, keep_launcher_silent
@@ -54,6 +55,7 @@ app.command()(merge)
 app.command()(export)
 app.command("import")(import_)
 app.command()(push)
+app.command()(sweep)
 app.command()(reconstruct)
 app.command()(doctor)
 
