@@ -115,9 +115,8 @@ def _curves(lines: Sequence[Line], key: str, name: str, log: bool) -> Any:
         means = [statistics.fmean(some) if some else float("nan") for some in together]
         width = max(1, len(means) // 15)
         smooth = [statistics.fmean(means[max(0, i - width + 1) : i + 1]) for i in range(len(means))]
-        panel.plot(
-            steps[: len(smooth)], smooth, label=line.label, markersize=4, markevery=max(1, len(smooth) // 8), **_style(place)
-        )
+        every = max(1, len(smooth) // 8)
+        panel.plot(steps[: len(smooth)], smooth, label=line.label, markersize=4, markevery=every, **_style(place))
     if log:
         panel.set_yscale("log")
     panel.set_xlabel("step", fontsize=9)

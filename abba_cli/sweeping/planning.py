@@ -17,7 +17,7 @@ from abba_cli.plain_yaml import parse_yaml
 from abba_cli.recipe import Recipe, SourceSection
 from abba_cli.recipe_file import load_recipe
 from abba_cli.sources import digests
-from abba_cli.sweeping.schema import SweepFile
+from abba_cli.sweeping.schema import SweepFile, VariantSection
 
 Kind = Literal["tuning", "run"]
 
@@ -41,9 +41,7 @@ class Point:
     @property
     def label(self) -> str:
         """For people."""
-        return " ".join(
-            [*([self.variant] if self.variant else []), *(f"{short(key)}={show(v)}" for key, v in self.values.items())]
-        )
+        return " ".join([self.variant, *(f"{short(key)}={show(value)}" for key, value in self.values.items())]).strip()
 
     @property
     def slug(self) -> str:
@@ -104,10 +102,10 @@ class Sweep:
 
     def _points(self) -> Iterator[Point]:
         tune = self.file.tune
-        for name, variant in (self.file.variants or {"": None}).items():
+        for name, variant in (self.file.variants or {"": VariantSection()}).items():
             for combination in combinations(self.file.grid):
-                settings = {**self.file.set, **(variant.set if variant else {}), **combination}
-                choices = (variant.tune if variant and variant.tune else tune.values) if tune else {}
+                settings = {**self.file.set, **variant.set, **combination}
+                choices = (variant.tune or tune.values) if tune else {}
                 yield Point(name, combination, settings, choices)
 
     def tuning_runs(self) -> list[Run]:

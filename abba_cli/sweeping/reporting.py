@@ -37,7 +37,8 @@ def answer(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
     if best_loss is not None and best_loss.loss is not None:
         near = near_best(with_loss, lambda one: (one.loss, one.loss_p), best_loss)
         said.append(
-            f"Lowest evaluation loss: {best_loss.label}, {number(best_loss.loss, 4)}{_against(best_loss, 'loss')}.{_near(near, seeds)}"
+            f"Lowest evaluation loss: {best_loss.label}, {number(best_loss.loss, 4)}{_against(best_loss, 'loss')}."
+            f"{_near(near, seeds)}"
         )
     if best_score is not None and best_score.score is not None:
         near = near_best(scored, lambda one: (one.score, one.score_p), best_score)
@@ -69,16 +70,12 @@ def _near(near: Sequence[str], seeds: int) -> str:
 
 
 def _cost(winner: Line, lines: Sequence[Line], sweep: Sweep) -> str:
-    reference = next((line for line in lines if line.point.variant == sweep.reference), None)
-    if (
-        reference is None
-        or reference is winner
-        or not (winner.seconds and reference.seconds and winner.memory and reference.memory)
-    ):
+    other = next((line for line in lines if line.point.variant == sweep.reference), None)
+    if other is None or other is winner or not (winner.seconds and other.seconds and winner.memory and other.memory):
         return ""
     return (
-        f"{winner.label} takes {winner.seconds / reference.seconds:.2f} times the time and {winner.memory / reference.memory:.2f} "
-        f"times the memory of {reference.label}, with {winner.parameters / reference.parameters:.2f} times its trained parameters."
+        f"{winner.label} takes {winner.seconds / other.seconds:.2f} times the time and {winner.memory / other.memory:.2f} times the "
+        f"memory of {other.label}, with {winner.parameters / other.parameters:.2f} times its trained parameters."
     )
 
 
@@ -148,8 +145,8 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         told.append("mean ± sample standard deviation over the seeds")
     if any(line.beside for line in lines):
         told.append(
-            f"beside reference: difference from {sweep.reference}, with p of a paired t test over seeds (loss) or of sign flips over "
-            "the rows of all tasks (score); two-sided, and not corrected for the number of lines"
+            f"beside reference: difference from {sweep.reference}, with p of a paired t test over seeds (loss) or of sign flips "
+            "over the rows of all tasks (score); two-sided, and not corrected for the number of lines"
         )
     if any(line.tasks for line in lines):
         told.append("scores in percent")

@@ -120,7 +120,7 @@ class _Pool:
                 waiting.append(run)
         self._progress.tell()
         free = list(self._devices)
-        working: dict[Future[Record], tuple[Run, Mapping[str, str]]] = {}
+        working: dict[Future[Record], tuple[Run, dict[str, str]]] = {}
         with ThreadPoolExecutor(len(free)) as threads:
             while waiting or working:
                 while waiting and free:
@@ -230,6 +230,8 @@ class _Children:
                     continue
         finally:
             self._running.discard(child)
+            assert child.stdin is not None
+            child.stdin.close()
 
 
 def _devices(parallel: int) -> list[dict[str, str]]:
