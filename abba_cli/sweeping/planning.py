@@ -225,8 +225,8 @@ def show(value: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """A name for a folder: letters, digits, dots and hyphens."""
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-.") or "all"
+    """A name for a folder: letters, digits, and a few signs."""
+    return re.sub(r"[^A-Za-z0-9_.+]+", "-", text).strip("-.") or "all"
 
 
 def _said(values: Mapping[str, Any]) -> str:

@@ -74,8 +74,9 @@ def _cost(winner: Line, lines: Sequence[Line], sweep: Sweep) -> str:
     if other is None or other is winner or not (winner.seconds and other.seconds and winner.memory and other.memory):
         return ""
     return (
-        f"{winner.label} takes {winner.seconds / other.seconds:.2f} times the time and {winner.memory / other.memory:.2f} times the "
-        f"memory of {other.label}, with {winner.parameters / other.parameters:.2f} times its trained parameters."
+        f"{winner.label} takes {winner.seconds / other.seconds:.2f} times the time of {other.label} and "
+        f"{winner.memory / other.memory:.2f} times its memory, with {winner.parameters / other.parameters:.2f} times its trained "
+        "parameters."
     )
 
 
