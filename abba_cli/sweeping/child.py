@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 
 from abba_cli.cli import main
@@ -10,7 +9,8 @@ from abba_cli.cli import main
 
 def _stop_when_alone() -> None:
     """Wait for the end of the pipe that the sweep holds; a killed sweep cannot say so itself."""
-    if sys.stdin.buffer.read() == b"":
+    # Not through sys.stdin, whose lock would be held by this thread when the interpreter ends, which it takes for a fatal error.
+    if os.read(0, 1) == b"":
         os.kill(os.getpid(), signal.SIGTERM)
 
 
