@@ -1,13 +1,22 @@
 """The schema of a sweep file: a base recipe, what is varied, and how the runs are compared."""
 
+import re
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from abba_cli.recipe_section import Section, Text
 
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 for text, for want of a dot and a sign; a figure needs the number."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
 Values = dict[Text, Any]
-Choices = dict[Text, Annotated[list[Any], Field(min_length=1)]]
+Choices = dict[Text, Annotated[list[Annotated[Any, BeforeValidator(_as_number)]], Field(min_length=1)]]
 
 
 class TuneSection(Section):
