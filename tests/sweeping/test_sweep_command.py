@@ -39,7 +39,7 @@ data_dir: {tmp_path / "data"}
 variants:
   lora: {{set: {{adapter: {{method: lora, rank: 4}}}}}}
   abba: {{set: {{adapter: {{r1: 2, r2: 2}}}}}}
-tune: {{values: {{training.learning_rate: [1.0e-2, 1.0e+3]}}, set: {{training.max_steps: 2}}}}
+tune: {{values: {{training.learning_rate: [1.0e-2, 1.0e-5]}}, set: {{training.max_steps: 2}}}}
 seeds: [1]
 evaluate: {{tasks: [obqa], limit: 4}}
 """
@@ -86,7 +86,7 @@ def test_it_tunes_trains_scores_and_reports(abba: Abba, sweep_file: Path, tmp_pa
     assert sorted((row["name"], row["status"]) for row in table) == sorted(
         (name, "done")
         for name in (
-            *(f"tuning/{variant}/learning_rate-{rate}" for variant in ("lora", "abba") for rate in ("0.01", "1000")),
+            *(f"tuning/{variant}/learning_rate-{rate}" for variant in ("lora", "abba") for rate in ("0.01", "1e-05")),
             *("runs/lora/seed-1", "runs/abba/seed-1"),
         )
     )
