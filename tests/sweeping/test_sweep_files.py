@@ -12,6 +12,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 from abba_cli.adapting import adapted_layers, check_adapter
 from abba_cli.bases import Base
 from abba_cli.evaluation.tasks import GROUPS, find_tasks
+from abba_cli.recipe import ModelSection
+from abba_cli.recipe_adapter import AdapterSection
 from abba_cli.sweeping.planning import Run, Sweep, load_sweep
 
 FOLDER = Path(__file__).parents[2] / "sweeps"
@@ -69,6 +71,7 @@ def shapes_of(base: str) -> PreTrainedConfig:
         "google/gemma-2-9b": (3584, 14336, 16, 8),
     }[base]
     return LlamaConfig(
+        name_or_path=base,
         vocab_size=64,
         hidden_size=hidden,
         intermediate_size=inner,
@@ -80,8 +83,13 @@ def shapes_of(base: str) -> PreTrainedConfig:
 
 def trained(run: Run) -> int:
     """Trained parameters of a block."""
-    recipe = run.recipe
-    adapted = check_adapter(shapes_of(recipe.model.name), recipe.model, recipe.adapter, Base(recipe.model.name))
+    return parameters(run.recipe.model.model_dump_json(), run.recipe.adapter.model_dump_json())
+
+
+@cache
+def parameters(model: str, adapter: str) -> int:
+    section = ModelSection.model_validate_json(model)
+    adapted = check_adapter(shapes_of(section.name), section, AdapterSection.model_validate_json(adapter), Base(section.name))
     return sum(layer.parameters for layer in adapted_layers(adapted))
 
 
@@ -145,7 +153,9 @@ def test_what_claims_one_size_has_it(path: Path, sweep: Sweep) -> None:
         assert adapters[label].size == size
     if family(path) not in OTHER_SIZES | {"targets"}:
         # DoRA's lengths come on top, as in the paper.
-        counted = {trained(run) for run in runs if run.recipe.adapter.method not in ("full", "dora") and run.point.label != "abba-16"}
+        counted = {
+            trained(run) for run in runs if run.recipe.adapter.method not in ("full", "dora") and run.point.label != "abba-16"
+        }
         assert len(counted) == 1
 
 
