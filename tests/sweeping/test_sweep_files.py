@@ -1,4 +1,4 @@
-"""Every shipped sweep: it loads, all its runs have valid recipes that fit their base, and it compares what it says it compares."""
+"""Every shipped sweep: it loads, all its runs have valid recipes that fit their base, and it compares what it says."""
 
 import json
 import re
