@@ -27,7 +27,7 @@ OTHER_SIZES = {"cost", "rank", "scale"}
 """Files that vary the size itself."""
 TITLES = ("What it answers", "What it needs", "How to launch")
 FILES = [f"{name}/{part}.json" for name in ("boolq", "openbookqa", "ARC-Easy", "ARC-Challenge") for part in ("train", "test")]
-FILES += ["commonsense_170k.json", "train.jsonl", "test.jsonl", "mbpp.jsonl"]
+FILES += ["commonsense_170k.json", "train.jsonl", "test.jsonl", "mbpp/mbpp.jsonl"]
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)
