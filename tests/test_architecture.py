@@ -209,6 +209,7 @@ ORDER = [
     "abba_cli.commands.sweep",
     "abba_cli.commands.train",
     "abba_cli.cli",
+    "abba_cli.sweeping.child",
     "abba_cli.__main__",
 ]
 MAX_LINES = 300

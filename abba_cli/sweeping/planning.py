@@ -105,7 +105,7 @@ class Sweep:
         for name, variant in (self.file.variants or {"": VariantSection()}).items():
             for combination in combinations(self.file.grid):
                 settings = {**self.file.set, **variant.set, **combination}
-                choices = (variant.tune or tune.values) if tune else {}
+                choices = (tune.values if variant.tune is None else variant.tune) if tune else {}
                 yield Point(name, combination, settings, choices)
 
     def tuning_runs(self) -> list[Run]:

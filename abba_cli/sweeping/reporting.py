@@ -135,7 +135,7 @@ def missing(records: Sequence[Record], left: Sequence[str]) -> list[str]:
         return []
     text = ["## Missing", ""]
     text += [f"- {record.name} failed: {escape_markdown(record.error or '')}" for record in failed]
-    text += [f"- not run for want of time: {', '.join(left)}"] if left else []
+    text += [f"- not run, for want of time or of a tuning run that ended well: {', '.join(left)}"] if left else []
     return [*text, ""]
 
 
@@ -146,13 +146,17 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         told.append("mean ± sample standard deviation over the seeds")
     if any(line.beside for line in lines):
         told.append(
-            f"beside reference: difference from {sweep.reference}, with p of a paired t test over seeds (loss) or of sign flips "
-            "over the rows of all tasks (score); two-sided, and not corrected for the number of lines"
+            f"beside reference: difference from {_reference_label(sweep)}, with p of a paired t test over seeds (loss) or of sign "
+            "flips over the rows of all tasks (score); two-sided, and not corrected for the number of lines"
         )
     if any(line.tasks for line in lines):
         told.append("scores in percent")
     told.append("evaluation loss per supervised token; s/step and GB are the median of the runs' steps and the largest peak")
     return told
+
+
+def _reference_label(sweep: Sweep) -> str:
+    return sweep.reference or sweep.points[0].label
 
 
 def _tuning(records: Sequence[Record]) -> Grid:

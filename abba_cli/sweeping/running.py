@@ -58,7 +58,7 @@ def run_sweep(sweep: Sweep, parallel: int = 1, listen: Listener = ignore) -> tup
         listen: Called with a Stage as runs move on, in thousandths of a run, and with a Note on each that has ended.
 
     Returns:
-        The records of all runs, and the names of those that were not made because the time was up.
+        The records of all runs, and the names of those that were not made: the time was up, or nothing could be chosen for them.
 
     Raises:
         RunError: Another process is running this sweep, or the output cannot be written.

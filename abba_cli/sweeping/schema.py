@@ -59,7 +59,9 @@ class SweepFile(Section):
     tune: TuneSection | None = Field(None, description="Choose keys for each variant and point of the grid first.")
     evaluate: EvaluateSection | None = Field(None, description="Score the trained adapters on tasks.")
     reference: Text | None = Field(
-        None, description="Variant that the others are compared with; null is the first. The grid's point is the same one."
+        None,
+        description="Variant that the others are compared with, at the same point of the grid; null is the first. "
+        "Without variants it is the grid's first point.",
     )
     hours: float | None = Field(None, gt=0, description="Start no further run after so many hours of one call.")
 

@@ -74,12 +74,17 @@ def summarise(sweep: Sweep, records: Sequence[Record]) -> list[Line]:
         own = by_label[point.label]
         if not own:
             continue
-        reference = next(
-            (one for one in sweep.points if one.variant == sweep.reference and one.values == point.values), sweep.points[0]
-        )
+        reference = _reference(sweep, point)
         others = by_label[reference.label] if reference.label != point.label else []
         lines.append(_line(point, own, beside(own, others) if others else None))
     return lines
+
+
+def _reference(sweep: Sweep, point: Point) -> Point:
+    """What a point is compared with: the reference at the same place of the grid or, without variants, the grid's first point."""
+    if not sweep.file.variants:
+        return sweep.points[0]
+    return next(one for one in sweep.points if one.variant == sweep.reference and one.values == point.values)
 
 
 def _line(point: Point, own: Sequence[Record], compared: Beside | None) -> Line:

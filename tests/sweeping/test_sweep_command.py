@@ -171,7 +171,7 @@ def test_messages(abba: Abba, sweep_file: Path, tmp_path: Path) -> None:
     code, said, _ = abba("sweep", sweep_file, "--report")
     assert code == 0
     assert "No run has ended yet." in said
-    assert "not run for want of time: tuning/lora/learning_rate-0.01" in said.replace("\n", " ")
+    assert "that ended well: tuning/lora/learning_rate-0.01" in said.replace("\n", " ")
     (out / "records").mkdir(parents=True)
     (out / "records" / "tuning--lora--learning_rate-0.01.json").write_text("{")
     code, _, err = abba("sweep", sweep_file, "--report")

@@ -108,7 +108,7 @@ def test_what_failed_or_was_not_run_stands_in_the_report(tmp_path: Path) -> None
     assert [len(line.records) for line in lines] == [1, 1]
     text = markdown(sweep(tmp_path), lines, records, ["runs/lora/seed-2"], ["loss.png"])
     assert r"- runs/abba/seed-2 failed: the loss is nan \| at step 3" in text
-    assert "- not run for want of time: runs/lora/seed-2" in text
+    assert "- not run, for want of time or of a tuning run that ended well: runs/lora/seed-2" in text
     assert text.index("Lowest evaluation loss: lora") < text.index("## Missing") < text.index("## Runs")
     table = list(csv.DictReader(io.StringIO(results_csv(records))))
     assert [(row["name"], row["status"], row["eval_loss"]) for row in table] == [
