@@ -188,6 +188,7 @@ def _inject(model: PreTrainedModel, config: PeftConfig, adapter: AdapterSection,
         with warnings.catch_warnings():
             # PEFT's notices of what check_adapter reports as errors.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it as each layer needs it
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             adapted = get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
     except ValueError as error:
