@@ -236,13 +236,12 @@ class AbbaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and output_dir is not None:
-            assert isinstance(self.model, PeftModel)
+        if self.args.should_save and output_dir is not None and isinstance(self.model, PeftModel):
             pissa.convert(self.model, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        assert isinstance(self.model, PeftModel)
-        if not pissa.is_pissa(self.model):  # else the weights are there, from a form that upstream does not take
+        # Where PiSSA goes on, the weights are there already, from a form that upstream does not take.
+        if not (isinstance(self.model, PeftModel) and pissa.is_pissa(self.model)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
