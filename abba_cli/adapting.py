@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from abba_cli import pissa
 from abba_cli.adapter import svd_progress
 from abba_cli.adapter.layer import weight_shape
 from abba_cli.bases import Base
@@ -49,6 +50,8 @@ def attach_adapter(
         ModelError: The targets match no layer, or `start_from` does not fit.
     """
     config = adapter_config(adapter, base)
+    if isinstance(config, LoraConfig) and adapter.method == "pissa" and model.device.type != "meta":
+        return _pissa(model, config, adapter, start_from, progress or _ignore_progress, kinds)
     if start_from is not None:
         return _load_adapter(model, config, adapter, start_from)
     if model.device.type == "meta":
@@ -58,6 +61,26 @@ def attach_adapter(
     else:
         with svd_progress(progress or _ignore_progress):
             adapted = _inject(model, config, adapter, kinds)
+    return adapted
+
+
+def _pissa(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    adapter: AdapterSection,
+    checkpoint: str | None,
+    progress: Callable[[int, int], None],
+    kinds: str,
+) -> PeftModel:
+    init = str(config.init_lora_weights)
+    without_start(config)
+    if checkpoint is not None:
+        check_saved(pissa.saved_form(config), checkpoint)
+    adapted = _inject(model, config, adapter, kinds)
+    if checkpoint is None:
+        pissa.start(adapted, init, progress)
+    else:
+        pissa.go_on(adapted, checkpoint, init)
     return adapted
 
 
@@ -165,6 +188,7 @@ def _inject(model: PreTrainedModel, config: PeftConfig, adapter: AdapterSection,
         with warnings.catch_warnings():
             # PEFT's notices of what check_adapter reports as errors.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it as each layer needs it
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             adapted = get_peft_model(model, config, autocast_adapter_dtype=adapter.dtype == "float32")
     except ValueError as error:

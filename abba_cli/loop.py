@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import speed_metrics
 
+from abba_cli import pissa
 from abba_cli.batches import grouped_by_length
 from abba_cli.errors import RunError
 from abba_cli.head import separable_head
@@ -232,6 +233,16 @@ class AbbaTrainer(Trainer):
         put_away(self.model)
         with whole_factors(self.model):
             super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and output_dir is not None and isinstance(self.model, PeftModel):
+            pissa.convert(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Where PiSSA goes on, the weights are there already, from a form that upstream does not take.
+        if not (isinstance(self.model, PeftModel) and pissa.is_pissa(self.model)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int] | None:
         """Return upstream's sampler, or ours: upstream's grouping sorts the batches too, and knows neither seed nor epoch."""

@@ -29,6 +29,7 @@ DECISIVE = (
     *("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "pairs"),
 )
 """Settings that a saved adapter must share with the recipe that goes on from it."""
+_PISSA: dict[str | None, Any] = {"svd": "pissa", "niter_16": "pissa_niter_16"}
 _STARTS = ("init_weights", "init_lora_weights")
 
 
@@ -79,6 +80,7 @@ def adapter_config(adapter: AdapterSection, base: Base) -> PeftConfig:
         alpha_pattern=alphas,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
+        init_lora_weights=_PISSA.get(adapter.init, True),
         **common,
     )
 
@@ -128,6 +130,11 @@ def in_words(adapter: AdapterSection) -> str:
         return f"W0 * (B A), of rank {adapter.rank}"
     product = "(B1 A1) * (B2 A2)" if adapter.method == "loha" else "B A"
     scaled = f"alpha / {'sqrt(rank)' if adapter.method == 'rslora' else 'rank'}"
+    if adapter.method == "pissa":
+        return (
+            f"s (B A - B0 A0), each product of rank {adapter.rank}, where B A started from B0 A0, the part of W0 with the "
+            f"largest singular values, with s = alpha / rank, alpha = {adapter.alpha:g}"
+        )
     after = ", then its rows get trained lengths" if adapter.method == "dora" else ""
     return f"s {product}, of rank {adapter.rank}, with s = {scaled}, alpha = {adapter.alpha:g}{after}"
 

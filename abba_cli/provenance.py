@@ -94,6 +94,7 @@ _KINDS = {
     "lora": "A LoRA adapter ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685))",
     "rslora": "An rsLoRA adapter ([arXiv 2312.03732](https://arxiv.org/abs/2312.03732))",
     "dora": "A DoRA adapter ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353))",
+    "pissa": "A PiSSA adapter ([arXiv 2404.02948](https://arxiv.org/abs/2404.02948)), saved as a LoRA of twice its rank,",
     "hira": "A HiRA adapter ([ICLR 2025](https://openreview.net/forum?id=TwJrTz9cRS))",
     "loha": "A LoHa adapter ([arXiv 2108.06098](https://arxiv.org/abs/2108.06098))",
     "full": "The weights of fully fine-tuned layers, as differences",

@@ -207,7 +207,7 @@ class Recipe(Section):
             raise ValueError("data.packing leaves no padding that training.group_by_length could save: set one of them to false")
         strategy = self.distributed.strategy
         kind, method = self.model.quantization, self.adapter.method
-        if (kind != "none" and method in ("hira", "loha", "full")) or (kind == "int8" and method == "dora"):
+        if (kind != "none" and method in ("pissa", "hira", "loha", "full")) or (kind == "int8" and method == "dora"):
             raise ValueError(f"model.quantization: {method} takes no {kind} base: set it to none, or choose another method")
         if kind != "none" and self.adapter.pairs > 2:
             raise ValueError(f"model.quantization: a chain of pairs takes no {kind} base: set it to none, or adapter.pairs to 2")

@@ -8,17 +8,19 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 
 from abba_cli.recipe_section import LayerNames, Rank, Regex, Section, Share
 
-Method = Literal["abba", "lora", "rslora", "dora", "hira", "loha", "full"]
+Method = Literal["abba", "lora", "rslora", "dora", "hira", "loha", "pissa", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
 _PAIRS = {"abba": 2, "loha": 2}
 """Pairs (B, A) of a method; of all others there is one. A pair of rank r has r (m + n) parameters."""
+_RANK_ALPHA = ("rank", "alpha", "alpha_pattern", "dropout")
 _KEYS: dict[str, tuple[str, ...]] = {
     "abba": ("r1", "r2", "pairs", "combine", "scale_exponent", "init", "kernel", "alpha", "alpha_pattern", "dropout"),
     "hira": ("rank", "dropout"),
     "loha": ("rank", "alpha", "alpha_pattern"),
     "full": (),
+    "pissa": (*_RANK_ALPHA, "init"),
 }
-_RANK_ALPHA = ("rank", "alpha", "alpha_pattern", "dropout")
+_PISSA_STARTS = ("svd", "niter_16")
 
 
 class BudgetSection(Section):
@@ -67,14 +69,15 @@ class AdapterSection(Section):
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Sets the scale. abba: s = alpha^2 / sqrt(r1*r2), null is 16; the paper finds 16 to 32 best, 64 collapses. "
-        "lora, dora: alpha / rank, null is 2*rank. loha: the same, null is rank. rslora: alpha / sqrt(rank), null is 16. "
+        "lora, dora: alpha / rank, null is 2*rank. loha, pissa: the same, null is rank. rslora: alpha / sqrt(rank), null is 16. "
         "hira has none.",
     )
-    init: Literal["svd", "random", "swapped", "zeros", "ones", "roots", "top_next", "next_top"] | None = Field(
+    init: Literal["svd", "random", "swapped", "zeros", "ones", "roots", "top_next", "next_top", "niter_16"] | None = Field(
         None,
         description="abba: start of the factors. svd (null): the paper's truncated SVD of the weight, and B2 = 0. random: B1 A1 "
         "random. swapped: pair 2 has the SVD, B1 = 0. zeros: B1 = B2 = 0, which never learns. Away from the base: ones (SVD, and "
-        "B2 A2 = 1), roots (SVDs of the weight's elementwise root), top_next and next_top (first and next singular vectors).",
+        "B2 A2 = 1), roots (SVDs of the weight's elementwise root), top_next and next_top (first and next singular vectors). "
+        "pissa: svd (null), or niter_16, a randomised SVD of 16 iterations, which is faster.",
     )
     dropout: Share = Field(0.0, description="Dropout on the input of the update; loha has none.")
     targets: LayerNames = Field(
@@ -121,6 +124,7 @@ class AdapterSection(Section):
                 raise ValueError(f"{key} does not go with method {self.method}, which has {', '.join(keys) or 'no size to set'}")
         if self.method != "abba" and any(isinstance(rank, tuple) for rank in self.rank_pattern.values()):
             raise ValueError(f"rank_pattern has a pair of ranks, but {self.method} has one rank: expected a number for each name")
+        self._start_is_the_methods()
         if self.combine == "sum" and (self.init != "zeros" or self.kernel != "auto"):
             raise ValueError("combine: sum starts with both B at zero, and has no kernels: leave init and kernel out")
         if self.pairs > 2:
@@ -131,6 +135,17 @@ class AdapterSection(Section):
                 "leave r2 (or rank) out and it follows from the budget"
             )
         return self
+
+    def _start_is_the_methods(self) -> None:
+        if self.method == "abba" and self.init == "niter_16":
+            raise ValueError("init: niter_16 is a start of method pissa; leave init out, or set method to pissa")
+        if self.method == "pissa" and self.init not in _PISSA_STARTS:
+            raise ValueError(f"init: {self.init} is a start of method abba; pissa has {' and '.join(_PISSA_STARTS)}")
+        if self.method == "pissa" and self.start_from is not None:
+            raise ValueError(
+                "start_from does not go with method pissa, which starts from the base's own weights: merge the adapter and name "
+                "the result in model.name, or go on with method lora (a pissa run is a lora of twice its rank and alpha)"
+            )
 
     def _is_plain_chain(self) -> None:
         plain = {"combine": "hadamard", "init": "svd", "kernel": "auto", "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
@@ -182,15 +197,17 @@ def _default(key: str, above: Mapping[str, Any]) -> Any:
             return "hadamard"
         case "abba", "scale_exponent":
             return 0.5
+        case "pissa", "init":
+            return "svd"
         case "abba", "init":
             return "zeros" if above.get("combine") == "sum" else "svd"
         case "abba", "kernel":
             return "auto"
-        case "lora" | "rslora" | "dora" | "hira" | "loha", "rank":
+        case "lora" | "rslora" | "dora" | "pissa" | "hira" | "loha", "rank":
             return math.ceil(size / _PAIRS.get(method, 1))
         case "lora" | "dora", "alpha" if above.get("rank"):
             return 2.0 * above["rank"]
-        case "loha", "alpha" if above.get("rank"):
+        case "loha" | "pissa", "alpha" if above.get("rank"):
             return float(above["rank"])
         case "rslora", "alpha":
             return 16.0

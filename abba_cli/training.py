@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import TrainerState, set_seed
 
-from abba_cli import adapting, loading
+from abba_cli import adapting, loading, pissa
 from abba_cli.batches import PackedBatches, PaddedBatches, require_separation
 from abba_cli.disk import disk_errors, settle
 from abba_cli.errors import RunError, TrainingInterrupted
@@ -174,7 +174,7 @@ def fit(model: PeftModel, ready: Preparation, listen: Listener) -> Outcome:
                 f"{best}, which has the lowest evaluation loss, is damaged (its files differ from manifest.json); bring a good "
                 "copy back, or end with the last adapter: --set evaluation.keep_best=false"
             )
-        set_peft_model_state_dict(model, load_peft_weights(str(best), device="cpu"))
+        set_peft_model_state_dict(model, pissa.trained_weights(model, str(best)))
     return _outcome(run, state.global_step, steps, used, recorder.saving_seconds)
 
 
@@ -243,7 +243,7 @@ def _complete_run_directory(recipe: Recipe, ready: Preparation, adapted: PeftMod
 def _try_save(model: PeftModel, trial: Path) -> None:
     """Save once before the first step, so that a run does not find out at its end that it cannot."""
     try:
-        model.save_pretrained(str(trial))
+        pissa.save(model, trial)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
@@ -252,7 +252,7 @@ def _check_room(recipe: Recipe, plan: Plan, run: RunDir) -> None:
     """Raise a RunError where the disk has no room for what the run will keep."""
     # A checkpoint is the adapter and the optimizer's state. A new one is complete before an old one goes, the best one is kept
     # besides, and the finished run has the adapter and the tokenizer at its top.
-    adapter = plan.trainable * getattr(torch, recipe.adapter.dtype).itemsize
+    adapter = plan.trainable * getattr(torch, recipe.adapter.dtype).itemsize * (2 if recipe.adapter.method == "pissa" else 1)
     checkpoint = adapter + plan.memory.uses[OPTIMIZER]
     needed = (recipe.checkpoints.keep + 1 + bool(recipe.evaluation.every_steps)) * checkpoint + adapter + 10_000_000
     # The run's own checkpoints make way for new ones.
@@ -268,7 +268,7 @@ def _place_adapter(model: PeftModel, run: RunDir) -> None:
     """Put the adapter at the top of the run directory, each file whole or not at all."""
     partial = run.path / ".final"
     try:
-        model.save_pretrained(str(partial))
+        pissa.save(model, partial)
         for file in partial.iterdir():
             os.replace(file, run.path / file.name)
     finally:

@@ -60,6 +60,7 @@ ORDER = [
     "abba_cli.bases",
     "abba_cli.loading",
     "abba_cli.methods",
+    "abba_cli.pissa",
     "abba_cli.adapting",
     "abba_cli.head",
     "abba_cli.loss",

@@ -24,6 +24,7 @@ METHODS = {
     "lora": "{method: lora, budget: {rank: 8}}",
     "rslora": "{method: rslora, budget: {rank: 8}, alpha_pattern: {v_proj: 3}}",
     "dora": "{method: dora, budget: {rank: 8}, rank_pattern: {q_proj: 3}}",
+    "pissa": "{method: pissa, budget: {rank: 8}, rank_pattern: {q_proj: 3}, alpha_pattern: {v_proj: 3}}",
     "hira": "{method: hira, budget: {rank: 8}}",
     "loha": "{method: loha, budget: {rank: 8}, rank_pattern: {down_proj: 2}}",
     "sum": "{combine: sum, budget: {rank: 8}, r1: 3, alpha: 2}",

@@ -78,7 +78,7 @@ def test_the_page_explains_paths_overrides_and_shows_a_recipe() -> None:
     ("key", "words"),
     [
         (("model", "dtype"), "float32, bfloat16 or float16"),
-        (("adapter", "method"), "abba, lora, rslora, dora, hira or loha"),
+        (("adapter", "method"), "abba, lora, rslora, dora, hira, loha, pissa or full"),
         (("adapter", "r1"), "a whole number of at least 1 or null"),
         (("adapter", "alpha"), "a number above 0 or null"),
         (("adapter", "dropout"), "a number of at least 0 and below 1"),
