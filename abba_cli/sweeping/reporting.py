@@ -146,8 +146,8 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         told.append("mean ± sample standard deviation over the seeds")
     if any(line.beside for line in lines):
         told.append(
-            f"beside reference: difference from {_reference_label(sweep)}, with p of a paired t test over seeds (loss) or of sign "
-            "flips over the rows of all tasks (score); two-sided, and not corrected for the number of lines"
+            f"beside reference: difference from {_reference_label(sweep)}, with p of a paired t test over seeds (loss) or of "
+            "sign flips over the rows of all tasks (score); two-sided, and not corrected for the number of lines"
         )
     if any(line.tasks for line in lines):
         told.append("scores in percent")
