@@ -82,7 +82,7 @@ def test_it_tunes_trains_scores_and_reports(abba: Abba, sweep_file: Path, tmp_pa
     said, errors = process.communicate(timeout=600)
     assert process.returncode == 0, said + errors
     assert "Lowest evaluation loss" in said
-    table = list(csv.DictReader((out / "results.csv").open()))
+    table = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert sorted((row["name"], row["status"]) for row in table) == sorted(
         (name, "done")
         for name in (
