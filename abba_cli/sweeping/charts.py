@@ -106,7 +106,7 @@ def _score(lines: Sequence[Line]) -> Any:
     return figure
 
 
-def _curves(lines: Sequence[Line], key: str, name: str, log: bool) -> Any:
+def _curves(lines: Sequence[Line], key: str, name: str) -> Any:
     figure, (panel,) = _figure(6.4, 4.4, 1)
     for place, line in enumerate(lines):
         steps = [step.step for step in line.records[0].curve]
@@ -117,8 +117,7 @@ def _curves(lines: Sequence[Line], key: str, name: str, log: bool) -> Any:
         smooth = [statistics.fmean(means[max(0, i - width + 1) : i + 1]) for i in range(len(means))]
         every = max(1, len(smooth) // 8)
         panel.plot(steps[: len(smooth)], smooth, label=line.label, markersize=4, markevery=every, **_style(place))
-    if log:
-        panel.set_yscale("log")
+    panel.set_yscale("log")
     panel.set_xlabel("step", fontsize=9)
     panel.set_ylabel(name, fontsize=9)
     _legend(figure, panel)
@@ -126,11 +125,11 @@ def _curves(lines: Sequence[Line], key: str, name: str, log: bool) -> Any:
 
 
 def _losses(lines: Sequence[Line]) -> Any:
-    return _curves(lines, "loss", "training loss, running mean over steps and seeds", log=False)
+    return _curves(lines, "loss", "training loss, running mean over steps and seeds")
 
 
 def _norms(lines: Sequence[Line]) -> Any:
-    return _curves(lines, "gradient_norm", "gradient norm, running mean over steps and seeds", log=True)
+    return _curves(lines, "gradient_norm", "gradient norm, running mean over steps and seeds")
 
 
 def _cost(lines: Sequence[Line]) -> Any:

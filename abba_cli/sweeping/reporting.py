@@ -88,17 +88,18 @@ def number(value: Number | None, digits: int, times: float = 1.0) -> str:
     return f"{times * value.mean:.{digits}f}{deviation}"
 
 
-def table(lines: Sequence[Line]) -> Grid:
-    """A row for each line; columns that nobody has are left out."""
+def table(lines: Sequence[Line], every_task: bool = True) -> Grid:
+    """A row for each line; columns that nobody has are left out, and each task's own unless `every_task`."""
     tasks = list(dict.fromkeys(task for line in lines for task in line.tasks))
+    shown = tasks if every_task or len(tasks) == 1 else []
     columns: list[tuple[str, list[str]]] = [
         ("run", [line.label for line in lines]),
         ("seeds", [str(len(line.records)) for line in lines]),
-        ("parameters", [f"{line.parameters:,}" for line in lines]),
+        ("parameters", [f"{line.parameters / 1e6:.3g} M" for line in lines]),
         ("tuned", [line.tuned for line in lines]),
-        ("evaluation loss", [number(line.loss, 4) for line in lines]),
+        ("loss", [number(line.loss, 4) for line in lines]),
         ("beside reference", [_beside(line, "loss") for line in lines]),
-        *((task, [number(line.tasks.get(task), 1, 100) for line in lines]) for task in tasks),
+        *((task, [number(line.tasks.get(task), 1, 100) for line in lines]) for task in shown),
         *([("mean score", [number(line.score, 1, 100) for line in lines])] if len(tasks) > 1 else []),
         *([("beside reference", [_beside(line, "score") for line in lines])] if tasks else []),
         ("s/step", [f"{line.seconds:.2f}" if line.seconds else "" for line in lines]),
@@ -151,7 +152,8 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         )
     if any(line.tasks for line in lines):
         told.append("scores in percent")
-    told.append("evaluation loss per supervised token; s/step and GB are the median of the runs' steps and the largest peak")
+    told.append("loss: on the evaluation rows, per supervised token")
+    told.append("s/step and GB: median of the runs, and the largest peak; other work on the machine while they ran is in them")
     return told
 
 

@@ -91,7 +91,7 @@ def show_plan(console: Console, sweep: Sweep) -> None:
 def show_report(console: Console, sweep: Sweep, written: Written) -> None:
     """The closing table, what is missing, the answer, and where the files are."""
     if written.lines:
-        grid = table(written.lines)
+        grid = table(written.lines, every_task=False)
         shown = Table(box=None, pad_edge=False, header_style="bold")
         for place, heading in enumerate(grid.headings):
             shown.add_column(heading, justify="right" if place else "left")
