@@ -38,13 +38,13 @@ def answer(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         near = near_best(with_loss, lambda one: (one.loss, one.loss_p), best_loss)
         said.append(
             f"Lowest evaluation loss: {best_loss.label}, {number(best_loss.loss, 4)}{_against(best_loss, 'loss')}."
-            f"{_near(near, seeds)}"
+            f"{_near(near, tested=seeds > 1)}"
         )
     if best_score is not None and best_score.score is not None:
         near = near_best(scored, lambda one: (one.score, one.score_p), best_score)
         said.append(
             f"Best mean score: {best_score.label}, {number(best_score.score, 1, 100)}{_against(best_score, 'score')}."
-            f"{_near(near, seeds)}"
+            f"{_near(near, tested=True)}"
         )
     winner = best_score if best_score is not None and best_loss is None else best_loss
     if winner is not None:
@@ -62,10 +62,10 @@ def _against(line: Line, what: str) -> str:
     return f" ({shown} beside the reference{'' if p is None else f', p = {p:.2g}'})"
 
 
-def _near(near: Sequence[str], seeds: int) -> str:
+def _near(near: Sequence[str], tested: bool) -> str:
     if not near:
         return " All others are worse beyond chance."
-    why = f"at p < {LEVEL:g}" if seeds > 1 else "for want of a second seed"
+    why = f"at p < {LEVEL:g}" if tested else "for want of a second seed"
     return f" Not told apart from it {why}: {', '.join(near)}."
 
 
