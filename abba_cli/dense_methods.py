@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from abba_cli.adapter.config import check_alpha, check_rank
 from abba_cli.adapter.factors import Factors, init_A2, khatri_rao, svd_init
 from abba_cli.adapter.layer import weight_shape
 from abba_cli.adapter.peft_types import add_peft_type
@@ -79,6 +80,10 @@ class ChainConfig(DenseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CHAIN")
+        check_rank("r", self.r)
+        check_alpha("alpha", self.alpha)
+        if not isinstance(self.pairs, int) or self.pairs < 2:
+            raise TypeError(f"`pairs` is {self.pairs!r}, but it has to be a whole number of at least 2.")
 
     @property
     def scaling(self) -> float:

@@ -120,7 +120,7 @@ class AdapterSection(Section):
     def _keys_fit_method(self) -> "AdapterSection":
         keys = _KEYS.get(self.method, _RANK_ALPHA)
         for key in (*_KEYS["abba"], "rank", *(["budget", "rank_pattern"] if self.method == "full" else [])):
-            if key not in keys and getattr(self, key) != (2 if key == "pairs" else None) and getattr(self, key):
+            if key not in keys and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} does not go with method {self.method}, which has {', '.join(keys) or 'no size to set'}")
         if self.method != "abba" and any(isinstance(rank, tuple) for rank in self.rank_pattern.values()):
             raise ValueError(f"rank_pattern has a pair of ranks, but {self.method} has one rank: expected a number for each name")
@@ -129,7 +129,8 @@ class AdapterSection(Section):
             raise ValueError("combine: sum starts with both B at zero, and has no kernels: leave init and kernel out")
         if self.pairs > 2:
             self._is_plain_chain()
-        if self.budget is not None and not 0 <= self.size - self.budget.size < max(self.pairs, _PAIRS.get(self.method, 1)):
+        step = self.pairs if self.pairs > 2 else 2 if self.method == "loha" else 1  # by which the size can grow
+        if self.budget is not None and not 0 <= self.size - self.budget.size < step:
             raise ValueError(
                 f"budget is {self.budget.size} (m + n) parameters a layer, but the ranks given have {self.size} (m + n); "
                 "leave r2 (or rank) out and it follows from the budget"

@@ -247,7 +247,9 @@ def _layer(path: Path, config: PeftConfig, name: str, found: Mapping[str, tuple[
     method = method_of(config)
     letters = _FACTORS[method]
     if method == "FULL":
-        m, n = found[letters[0]]
+        m, n, *others = found[letters[0]]
+        if others:
+            raise ModelError(f"{path}: {name}.{letters[0]} is {_by(found[letters[0]])}, expected a matrix; the file is broken")
         return SavedLayer(name, m, n, min(m, n), 1, 1.0)
     r1, r2, s = ranks_and_scale(config, name)
     first, last = found[letters[0]], found[letters[1]]

@@ -1,6 +1,7 @@
 """`abba reconstruct`."""
 
 import enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -70,20 +71,21 @@ def reconstruct(
     from abba_cli.reconstruction.matrices import find_matrix
     from abba_cli.reconstruction.records import CSV
     from abba_cli.reconstruction.reporting import markdown, notes, summarise
-    from abba_cli.ui.reconstruction import ReconstructionDisplay, show_reconstruction
+    from abba_cli.ui.progress import timed_bar
+    from abba_cli.ui.reconstruction import draw_progress, show_reconstruction
 
     output = output.expanduser()
     console = open_console()
     plan = Plan(chosen_ranks, chosen_methods, solver.value, restarts, seed, sweeps)  # type: ignore[arg-type]
     with (
         interruptible(f"the same command goes on after the last fit in {output / CSV}"),
-        ReconstructionDisplay(console) as display,
+        timed_bar(console) as bar,
     ):
         if base is not None and tuned is not None:
             targets = find_differences(base, tuned, matrices or [])
         else:
             targets = [find_matrix(text, size, seed) for text in dict.fromkeys(matrices or [])]
-        summary = summarise(run(targets, plan, output, display))
+        summary = summarise(run(targets, plan, output, partial(draw_progress, bar)))
         draw(summary, output / "reconstruction.png")
         with disk_errors(output):
             write_atomically(output / "reconstruction.md", markdown(summary, plan.solver, restarts))

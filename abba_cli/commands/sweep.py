@@ -1,5 +1,6 @@
 """`abba sweep`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,8 @@ def sweep(
     quiet_libraries()
     from abba_cli.sweeping.planning import load_sweep
     from abba_cli.sweeping.running import read_all, run_sweep
-    from abba_cli.ui.sweep import SweepDisplay, show_plan, show_report, write_report
+    from abba_cli.ui.progress import timed_bar
+    from abba_cli.ui.sweep import draw_progress, show_plan, show_report, write_report
 
     read = load_sweep(file, overrides or [], data_dir, output)
     console = open_console()
@@ -36,8 +38,8 @@ def sweep(
     if report:
         records, left = read_all(read)
     else:
-        with interruptible("the same command goes on from here"), SweepDisplay(console) as display:
-            records, left = run_sweep(read, parallel, display)
+        with interruptible("the same command goes on from here"), timed_bar(console) as bar:
+            records, left = run_sweep(read, parallel, partial(draw_progress, bar))
     show_report(console, read, write_report(read, records, left))
     if any(record.status == "failed" for record in records):
         raise typer.Exit(1)

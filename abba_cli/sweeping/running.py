@@ -138,7 +138,10 @@ class _Pool:
                     free.append(device)
                     self._progress.now.pop(run.name, None)
                     self._children.raise_if_stopped(self._sweep.output)
-                    records[run.name] = record = one.result()
+                    record = one.result()
+                    if record.status == "failed" and self._children.signal_number is not None:
+                        continue  # it was stopped, as others will be
+                    records[run.name] = record
                     write_record(record, self._sweep.output)
                     self._progress.finished += 1
                     self._progress.listen(Note(_told(record)))
@@ -203,8 +206,8 @@ class _Children:
     def raise_if_stopped(self, output: Path) -> None:
         """Raise TrainingInterrupted where a signal has come and everything has ended."""
         if self.signal_number is not None and not self._running:
-            raise TrainingInterrupted(f"stopped; every checkpoint in {output} is kept, run the same command again to go on",
-                                      self.signal_number)  # fmt: skip
+            advice = f"stopped; every checkpoint in {output} is kept, run the same command again to go on"
+            raise TrainingInterrupted(advice, self.signal_number)
 
     def run(self, arguments: Sequence[str], log: Path, device: Mapping[str, str], look: Callable[[], None]) -> int:
         """Run `abba ARGUMENTS` and return its exit code; `look` is called from time to time."""
@@ -221,6 +224,8 @@ class _Children:
                 start_new_session=True,
             )
         self._running.add(child)
+        if self.signal_number is not None:  # it came while the process was started
+            child.send_signal(signal.SIGTERM)
         try:
             while True:
                 look()

@@ -4,9 +4,14 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_SECONDS = 10.0
+
+
+def timed_bar(console: Console) -> "LiveBar":
+    """A bar that shows the time left."""
+    return LiveBar(console, TimeRemainingColumn(compact=True))
 
 
 class LiveBar:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -13,28 +12,11 @@ from abba_cli.reconstruction.reporting import Summary, answer, grid
 from abba_cli.ui.progress import LiveBar
 
 
-class ReconstructionDisplay:
-    """Draws the fits as they are made. Use as a context manager; call it with events.
-
-    Args:
-        console: Where to draw. A terminal gets a live bar, anything else plain lines, at most one in ten seconds.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._bar = LiveBar(console, TimeRemainingColumn(compact=True))
-
-    def __enter__(self) -> "ReconstructionDisplay":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.__exit__()
-
-    def __call__(self, event: Event) -> None:
-        """Draw one event."""
-        if isinstance(event, Stage):
-            counted = f"{event.done:,}/{event.total:,}"
-            self._bar.show("Fitting", event.done, event.total, f"{counted}  {event.text}", line=f"  fit {counted}: {event.text}")
+def draw_progress(bar: LiveBar, event: Event) -> None:
+    """Draw one event of a reconstruction."""
+    if isinstance(event, Stage):
+        counted = f"{event.done:,}/{event.total:,}"
+        bar.show("Fitting", event.done, event.total, f"{counted}  {event.text}", line=f"  fit {counted}: {event.text}")
 
 
 def show_reconstruction(console: Console, summary: Summary, notes: Sequence[str], folder: Path, files: Sequence[str]) -> None:

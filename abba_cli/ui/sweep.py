@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,29 +19,12 @@ from abba_cli.sweeping.summary import Line, summarise
 from abba_cli.ui.progress import LiveBar
 
 
-class SweepDisplay:
-    """Draws the runs as they are made. Use as a context manager; call it with events.
-
-    Args:
-        console: Where to draw. A terminal gets a live bar, anything else plain lines, at most one in ten seconds.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._bar = LiveBar(console, TimeRemainingColumn(compact=True))
-
-    def __enter__(self) -> "SweepDisplay":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.__exit__()
-
-    def __call__(self, event: Event) -> None:
-        """Draw one event."""
-        if isinstance(event, Stage):
-            self._bar.show("Sweep", event.done, event.total, event.text, line=f"  {event.text}")
-        elif isinstance(event, Note):
-            self._bar.console.print(f"  {event.text}", highlight=False, markup=False, soft_wrap=True)
+def draw_progress(bar: LiveBar, event: Event) -> None:
+    """Draw one event of a sweep."""
+    if isinstance(event, Stage):
+        bar.show("Sweep", event.done, event.total, event.text, line=f"  {event.text}")
+    elif isinstance(event, Note):
+        bar.console.print(f"  {event.text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
