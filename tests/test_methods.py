@@ -98,6 +98,24 @@ def test_an_export_answers_alike_or_is_refused(method: str, base: Path, recipe_f
     assert stored.keys() == load_file(adapter / "adapter_model.safetensors").keys()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_its_answers_are_not_taken_for_the_base_s(method: str, base: Path, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """An evaluation beside the base keeps answers by these digests."""
+    from abba_cli.evaluation.fingerprint import fingerprint
+
+    run = train(recipe_file(model=f"{{name: {base}, dtype: float32}}", adapter=METHODS[method]), ["training.max_steps=1"])
+    adapter = louder(run, tmp_path / "louder")
+    alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    digest = fingerprint(alone)
+    adapted = PeftModel.from_pretrained(alone, str(adapter))
+    assert fingerprint(adapted, adapter_off=True) == digest
+    assert fingerprint(adapted) != digest
+    first = fingerprint(adapted)
+    with torch.no_grad():
+        next(one for name, one in adapted.named_parameters() if f".{adapted.base_model.prefix}" in name).add_(0.5)
+    assert fingerprint(adapted) != first
+
+
 def test_all_have_the_size_of_the_budget(base: Path, recipe_file: RecipeFile) -> None:
     from abba_cli.preparation import prepare
     from abba_cli.recipe_file import load_recipe

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from abba_cli.methods import is_factor
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FACTORS = (".abba_", ".lora_", ".hira_", ".hada_")
 _WRAPPERS = ("base_model.model.", "base_layer.", "original_module.")
 
 
@@ -35,7 +36,7 @@ def fingerprint(model: Any, adapter_off: bool = False) -> str:
 def _tensors(model: Any, adapter_off: bool) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if adapter_off and (any(part in name for part in _FACTORS) or ".modules_to_save." in name):
+        if adapter_off and (is_factor(name, model) or ".modules_to_save." in name):
             continue
         plain = name
         for wrapper in _WRAPPERS:
