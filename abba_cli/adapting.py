@@ -198,15 +198,21 @@ def _inject(model: PreTrainedModel, config: PeftConfig, adapter: AdapterSection,
                 found += f" (a string is one regular expression over full names; write names as a list: [{adapter.targets}])"
             raise ModelError(f"adapter.targets: {found}") from None
         if "is not supported" in str(error):
-            other = str(error).removeprefix("Target module ").partition("(")[0]
-            found = f"{adapter.targets!r} matches a {other}, which is no linear layer; the model's linear layers are: {kinds}"
-            raise ModelError(f"adapter.targets: {found}") from None
+            raise _no_linear_layer(adapter, str(error).removeprefix("Target module ").partition("(")[0], kinds) from None
         raise ModelError(f"adapter: {' '.join(str(error).split())}") from None
     assert isinstance(adapted, PeftModel)
+    for _, layer in factor_layers(adapted.get_base_model()):
+        if isinstance(layer.get_base_layer(), nn.Embedding):  # which some of PEFT's methods would adapt
+            raise _no_linear_layer(adapter, "Embedding", kinds)
     for name, parameter in adapted.named_parameters():
         if is_factor(name, adapted):
             parameter.data = parameter.data.to(getattr(torch, adapter.dtype))
     return adapted
+
+
+def _no_linear_layer(adapter: AdapterSection, kind: str, kinds: str) -> ModelError:
+    found = f"{adapter.targets!r} matches {'an' if kind[0] in 'AEIOU' else 'a'} {kind}, which is no linear layer"
+    return ModelError(f"adapter.targets: {found}; the model's linear layers are: {kinds}")
 
 
 def _load_adapter(model: PreTrainedModel, config: PeftConfig, adapter: AdapterSection, start_from: str) -> PeftModel:

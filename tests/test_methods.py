@@ -243,6 +243,12 @@ def test_a_strange_lora_is_refused(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa", "hira", "full"])
+def test_embeddings_are_no_target(method: str, base: Path, recipe_file: RecipeFile) -> None:
+    with pytest.raises(ModelError, match=r"\['embed_tokens'\] matches an Embedding, which is no linear layer"):
+        train(recipe_file(model=f"{{name: {base}}}", adapter=f"{{method: {method}, targets: [embed_tokens]}}"))
+
+
 def test_another_method_in_the_directory_is_another_recipe(base: Path, recipe_file: RecipeFile) -> None:
     from abba_cli.errors import RunError
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from abba_cli.errors import RecipeError
+from abba_cli.errors import DataError, RecipeError
 from abba_cli.plain_yaml import parse_yaml
 from abba_cli.recipe import Recipe, SourceSection
 from abba_cli.recipe_file import load_recipe
@@ -142,7 +142,12 @@ class Sweep:
             recipe = load_recipe(base, written)
         except RecipeError as error:
             raise RecipeError(f"{self.path}, {point.label or 'its recipe'}: {error}") from None
-        return Run(name, kind, point, seed, tuned, recipe, self._digest(recipe, kind))
+        try:
+            digest = self._digest(recipe, kind)
+        except DataError as error:
+            advice = f"; data_dir is {self.data_dir}, another folder is given by --data-dir" if self.data_dir else ""
+            raise DataError(f"{self.path}: {error}{advice}") from None
+        return Run(name, kind, point, seed, tuned, recipe, digest)
 
     def _written(self, value: Any) -> str:
         text = json.dumps(value)

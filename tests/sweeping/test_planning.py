@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abba_cli.errors import RecipeError
+from abba_cli.errors import DataError, RecipeError
 from abba_cli.sweeping.planning import Sweep, load_sweep
 
 RecipeFile = Callable[..., Path]
@@ -90,6 +90,12 @@ def test_a_run_is_known_again_wherever_its_data_lies(sweep_file: SweepFile, rows
         sweep_file(set='{data.train: "{data_dir}/rows.jsonl"}', evaluate="{tasks: [obqa]}"), data_dir=tmp_path / "here"
     )
     assert first[0] != other.runs({"a": {}})[0].digest
+
+
+def test_data_that_is_not_there(sweep_file: SweepFile, tmp_path: Path) -> None:
+    file = sweep_file(set='{data.train: "{data_dir}/rows.jsonl"}', data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"nowhere/rows\.jsonl does not exist; data_dir is .*nowhere, another folder is given by"):
+        runs(load_sweep(file))
 
 
 @pytest.mark.parametrize(
