@@ -23,6 +23,7 @@ from test_adapter_model import abba_layers, config, logits
 
 import abba_cli.adapter
 from abba_cli.adapter import AbbaConfig, AbbaModel
+from abba_cli.adapter.peft_types import add_peft_type
 
 
 def test_defaults_are_the_papers() -> None:
@@ -105,7 +106,7 @@ def test_registration() -> None:
 def test_registering_twice_changes_nothing() -> None:
     before = (list(PeftType), mixed.COMPATIBLE_TUNER_TYPES, list(mixed_model.PREFIXES), mixed_model.Layers)
     create = mixed.MixedModel._create_and_replace
-    abba_cli.adapter._add_peft_type()
+    add_peft_type("ABBA")
     abba_cli.adapter._register()
     importlib.reload(abba_cli.adapter)
     assert before == (list(PeftType), mixed.COMPATIBLE_TUNER_TYPES, list(mixed_model.PREFIXES), mixed_model.Layers)
