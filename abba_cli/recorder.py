@@ -33,6 +33,7 @@ class Recorder(TrainerCallback):
         self._asked: float | None = None  # when this process got a signal; of those of others it hears through signal_number
         self._clock = (time.perf_counter(), 0)
         self._began = time.perf_counter()
+        self._processor_began = time.process_time()
         self._before_saving = time.perf_counter()
 
     def on_train_begin(
@@ -52,6 +53,7 @@ class Recorder(TrainerCallback):
         lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
         logged = [row for row in self.run.metrics() if "seconds" in row]
         self._began = time.perf_counter() - (logged[-1]["seconds"] if logged else 0.0)
+        self._processor_began = time.process_time() - (logged[-1].get("processor_seconds", 0.0) if logged else 0.0)
         self.saving_seconds = logged[-1].get("saving_seconds", 0.0) if logged else 0.0
         self._clock = (time.perf_counter(), int(state.num_input_tokens_seen))
 
@@ -81,6 +83,7 @@ class Recorder(TrainerCallback):
             "tokens": seen,
             "tokens_per_second": round(speed, 1),
             "seconds": round(now - self._began, 3),
+            "processor_seconds": round(time.process_time() - self._processor_began, 3),
             "saving_seconds": round(self.saving_seconds, 3),
             "memory_bytes": peak_memory(),
         }

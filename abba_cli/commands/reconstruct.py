@@ -38,7 +38,7 @@ def reconstruct(
         list[str] | None,
         typer.Argument(
             help="random, orthogonal, sparse, low-rank, block-diagonal, an image file, or CHECKPOINT:TENSOR. "
-            "With --base and --tuned: types (q_proj) or names of layers, with wildcards; all by default.",
+            "With --base and --tuned, or --adapter: types (q_proj) or names of layers, with wildcards; all by default.",
             metavar="MATRIX",
             show_default=False,
         ),
@@ -54,18 +54,28 @@ def reconstruct(
     sweeps: Annotated[int, typer.Option(help="The most that a fit may take; Adam makes 4 steps for each.", min=1)] = 500,
     base: Annotated[str | None, typer.Option(help="With --tuned: the model before, as hub id, folder or package:NAME.")] = None,
     tuned: Annotated[str | None, typer.Option(help="The model after; what is approximated is tuned - base.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of both: a run or an adapter, whose updates are approximated, such as one of `method: full`."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the matrices and the starts.", min=0, max=2**31)] = 0,
 ) -> None:
     """Approximate matrices by LoRA, ABBA and LoHa of equal numbers of parameters: error against rank, with a plot."""
     chosen_ranks, chosen_methods = read_ranks(ranks), read_methods(methods)
     if (base is None) != (tuned is None):
         raise typer.BadParameter("--base and --tuned belong together: what is approximated is their difference")
-    if not matrices and base is None:
-        raise typer.BadParameter("name a matrix such as random, an image or CHECKPOINT:TENSOR, or give --base and --tuned")
+    if adapter is not None and base is not None:
+        raise typer.BadParameter("--adapter has the updates, and takes no --base and --tuned")
+    if not matrices and base is None and adapter is None:
+        raise typer.BadParameter(
+            "name a matrix such as random, an image or CHECKPOINT:TENSOR, or give --base and --tuned, or --adapter"
+        )
     quiet_libraries()
     from abba_cli.disk import disk_errors, write_atomically
     from abba_cli.reconstruction.chart import draw
-    from abba_cli.reconstruction.differences import find_differences
+    from abba_cli.reconstruction.differences import find_differences, find_updates
     from abba_cli.reconstruction.experiment import Plan
     from abba_cli.reconstruction.experiment import reconstruct as run
     from abba_cli.reconstruction.matrices import find_matrix
@@ -83,6 +93,8 @@ def reconstruct(
     ):
         if base is not None and tuned is not None:
             targets = find_differences(base, tuned, matrices or [])
+        elif adapter is not None:
+            targets = find_updates(adapter, matrices or [])
         else:
             targets = [find_matrix(text, size, seed) for text in dict.fromkeys(matrices or [])]
         summary = summarise(run(targets, plan, output, partial(draw_progress, bar)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from abba_cli.disk import disk_errors, write_atomically
 from abba_cli.sweeping.planning import short
-from abba_cli.sweeping.summary import Line
+from abba_cli.sweeping.summary import Line, step_time
 
 # Okabe and Ito's colours, without the yellow, which is too light on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -107,6 +107,8 @@ def _score(lines: Sequence[Line]) -> Any:
 
 
 def _curves(lines: Sequence[Line], key: str, name: str) -> Any:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (panel,) = _figure(6.4, 4.4, 1)
     for place, line in enumerate(lines):
         steps = [step.step for step in line.records[0].curve]
@@ -118,6 +120,9 @@ def _curves(lines: Sequence[Line], key: str, name: str) -> Any:
         every = max(1, len(smooth) // 8)
         panel.plot(steps[: len(smooth)], smooth, label=line.label, markersize=4, markevery=every, **_style(place))
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")  # 0.2, not 2 x 10^-1
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("step", fontsize=9)
     panel.set_ylabel(name, fontsize=9)
     _legend(figure, panel)
@@ -136,12 +141,16 @@ def _cost(lines: Sequence[Line]) -> Any:
     """Time and memory against the grid's first number, such as the rank; bars where there is none."""
     figure, panels = _figure(8.4, 3.9, 2)
     keys = [key for key in lines[0].point.values if all(isinstance(line.point.values[key], int | float) for line in lines)]
-    measures = (("seconds a step", "seconds", 1.0), ("peak memory, GB", "memory", 1e-9))
-    for panel, (name, key, times) in zip(panels, measures, strict=True):
+    time = step_time(lines)
+    measures: tuple[tuple[str, Callable[[Line], float | None]], ...] = (
+        ("seconds of the processor a step" if time.quiet else "seconds a step", time.of),
+        ("peak memory, GB", lambda line: (line.memory or 0) / 1e9),
+    )
+    for panel, (name, measure) in zip(panels, measures, strict=True):
         if keys:
             for place, (variant, own) in enumerate(_variants(lines).items()):
                 own = sorted(own, key=lambda line: line.point.values[keys[0]])
-                xs, ys = [line.point.values[keys[0]] for line in own], [times * (getattr(line, key) or 0.0) for line in own]
+                xs, ys = [line.point.values[keys[0]] for line in own], [measure(line) or 0.0 for line in own]
                 panel.plot(xs, ys, label=variant or short(keys[0]), markersize=5, **_style(place))
             xs = [line.point.values[keys[0]] for line in lines]
             if min(xs) > 0 and max(xs) > 8 * min(xs):
@@ -151,7 +160,7 @@ def _cost(lines: Sequence[Line]) -> Any:
             panel.set_ylabel(name, fontsize=9)
             panel.set_ylim(bottom=0)
         else:
-            values = [times * (getattr(line, key) or 0.0) for line in lines]
+            values = [measure(line) or 0.0 for line in lines]
             bars = panel.barh(range(len(lines)), values, color=_COLOURS[0])
             panel.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
             panel.set_yticks(range(len(lines)), [line.label for line in lines])

@@ -48,6 +48,9 @@ class Record(BaseModel):
     parameters: int | None = Field(None, description="That were trained.")
     steps: int | None = None
     seconds: float | None = Field(None, description="Of training, without checkpoints and evaluations.")
+    processor_seconds: float | None = Field(
+        None, description="Of the first process's threads, where training was on a CPU; other work there hardly changes it."
+    )
     tokens: int | None = Field(None, description="That were trained on.")
     peak_memory_bytes: int | None = Field(None, description="Of the device, or else of the process.")
     train_loss: float | None = Field(None, description="Mean of the last tenth of the steps.")
@@ -68,6 +71,7 @@ def record_of(run: Run, folder: Path) -> Record:
     provenance = directory.provenance()
     outcome = read_outcome(provenance)
     steps = [row for row in directory.metrics() if "loss" in row]
+    on_cpu = not provenance["hardware"]["gpus"] and all("processor_seconds" in row for row in steps)
     scores: dict[str, float] = {}
     rows: dict[str, dict[str, float]] = {}
     if (folder / "eval" / "results.json").is_file():
@@ -82,6 +86,7 @@ def record_of(run: Run, folder: Path) -> Record:
         parameters=provenance["parameters"]["trainable"],
         steps=outcome.steps,
         seconds=round(outcome.seconds - (outcome.saving_seconds or 0.0), 1),
+        processor_seconds=steps[-1]["processor_seconds"] if steps and on_cpu else None,
         tokens=steps[-1]["tokens"] if steps else None,
         peak_memory_bytes=outcome.peak_memory_bytes,
         train_loss=outcome.train_loss,

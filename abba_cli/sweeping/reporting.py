@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from abba_cli.evaluation.reporting.tables import escape_markdown, markdown_row
 from abba_cli.sweeping.planning import Sweep, short, show
 from abba_cli.sweeping.records import Record
-from abba_cli.sweeping.summary import LEVEL, Line, Number, mean_score, near_best
+from abba_cli.sweeping.summary import LEVEL, Line, Number, mean_score, near_best, step_time
 
 _COLUMNS = (
     *("name", "kind", "label", "seed", "status", "parameters", "steps", "eval_loss", "train_loss", "mean_score"),
-    *("seconds", "seconds_per_step", "tokens", "peak_memory_bytes", "error"),
+    *("seconds", "seconds_per_step", "processor_seconds", "tokens", "peak_memory_bytes", "error"),
 )
 
 
@@ -71,10 +71,14 @@ def _near(near: Sequence[str], tested: bool) -> str:
 
 def _cost(winner: Line, lines: Sequence[Line], sweep: Sweep) -> str:
     other = next((line for line in lines if line.point.variant == sweep.reference), None)
-    if other is None or other is winner or not (winner.seconds and other.seconds and winner.memory and other.memory):
+    if other is None or other is winner:
+        return ""
+    time = step_time([winner, other])
+    own, others = time.of(winner), time.of(other)
+    if not (own and others and winner.memory and other.memory):
         return ""
     return (
-        f"{winner.label} takes {winner.seconds / other.seconds:.2f} times the time of {other.label} and "
+        f"{winner.label} takes {own / others:.2f} times the {'processor ' if time.quiet else ''}time of {other.label} and "
         f"{winner.memory / other.memory:.2f} times its memory, with {winner.parameters / other.parameters:.2f} times its trained "
         "parameters."
     )
@@ -91,6 +95,7 @@ def number(value: Number | None, digits: int, times: float = 1.0) -> str:
 def table(lines: Sequence[Line], every_task: bool = True) -> Grid:
     """A row for each line; columns that nobody has are left out, and each task's own unless `every_task`."""
     tasks = list(dict.fromkeys(task for line in lines for task in line.tasks))
+    time = step_time(lines)
     shown = tasks if every_task or len(tasks) == 1 else []
     columns: list[tuple[str, list[str]]] = [
         ("run", [line.label for line in lines]),
@@ -102,7 +107,7 @@ def table(lines: Sequence[Line], every_task: bool = True) -> Grid:
         *((task, [number(line.tasks.get(task), 1, 100) for line in lines]) for task in shown),
         *([("mean score", [number(line.score, 1, 100) for line in lines])] if len(tasks) > 1 else []),
         *([("beside reference", [_beside(line, "score") for line in lines])] if tasks else []),
-        ("s/step", [f"{line.seconds:.2f}" if line.seconds else "" for line in lines]),
+        ("CPU s/step" if time.quiet else "s/step", [f"{taken:.2f}" if (taken := time.of(line)) else "" for line in lines]),
         ("GB", [f"{line.memory / 1e9:.2f}" if line.memory else "" for line in lines]),
         ("gradient norm", [f"{line.gradient_norm:.2g}" if line.gradient_norm is not None else "" for line in lines]),
     ]
@@ -153,7 +158,10 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
     if any(line.tasks for line in lines):
         told.append("scores in percent")
     told.append("loss: on the evaluation rows, per supervised token")
-    told.append("s/step and GB: median of the runs, and the largest peak; other work on the machine while they ran is in them")
+    if step_time(lines).quiet:
+        told.append("CPU s/step: the processor's time for a step, over all threads, median of the runs; GB: the largest peak")
+    else:
+        told.append("s/step and GB: median of the runs, with whatever else the machine did meanwhile, and the largest peak")
     return told
 
 

@@ -45,7 +45,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Line:
-    """A point with what its runs gave."""
+    """A point with what its runs gave; times are those of a step."""
 
     point: Point
     records: Sequence[Record]
@@ -55,6 +55,7 @@ class Line:
     score: Number | None
     tasks: dict[str, Number]
     seconds: float | None
+    processor_seconds: float | None
     memory: int | None
     gradient_norm: float | None
     beside: Beside | None
@@ -80,6 +81,26 @@ def summarise(sweep: Sweep, records: Sequence[Record]) -> list[Line]:
     return lines
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """The time of a step by which lines are compared.
+
+    Args:
+        quiet: It is the processor's, which other work on the machine hardly changes.
+        of: What a line took, in seconds.
+    """
+
+    quiet: bool
+    of: Callable[[Line], float | None]
+
+
+def step_time(lines: Sequence[Line]) -> StepTime:
+    """The processor's time where all lines have one, which are those of runs on a CPU; or else the time that passed."""
+    if all(line.processor_seconds for line in lines):
+        return StepTime(True, lambda line: line.processor_seconds)
+    return StepTime(False, lambda line: line.seconds)
+
+
 def _reference(sweep: Sweep, point: Point) -> Point:
     """What a point is compared with: the reference at the same place of the grid or, without variants, the grid's first point."""
     if not sweep.file.variants:
@@ -92,6 +113,7 @@ def _line(point: Point, own: Sequence[Record], compared: Beside | None) -> Line:
     tasks = list(dict.fromkeys(task for one in own for task in one.scores))
     norms = [step.gradient_norm for one in own for step in one.curve if step.gradient_norm is not None]
     rates = [one.seconds / one.steps for one in own if one.seconds and one.steps]
+    processor_rates = [one.processor_seconds / one.steps for one in own if one.processor_seconds and one.steps]
     return Line(
         point=point,
         records=own,
@@ -102,6 +124,7 @@ def _line(point: Point, own: Sequence[Record], compared: Beside | None) -> Line:
         score=Number.of([mean_score(one) for one in own]) if tasks else None,
         tasks={task: Number.of([one.scores[task] for one in own if task in one.scores]) for task in tasks},
         seconds=statistics.median(rates) if rates else None,
+        processor_seconds=statistics.median(processor_rates) if processor_rates else None,
         memory=max((one.peak_memory_bytes or 0 for one in own), default=None),
         gradient_norm=statistics.median(norms) if norms else None,
         beside=compared,

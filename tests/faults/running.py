@@ -181,6 +181,6 @@ def check_same_end(run: RunDir, whole: RunDir) -> None:
 
 def history(run: RunDir) -> list[dict[str, Any]]:
     """The metrics without what depends on the clock and on the machine."""
-    timed = {"tokens_per_second", "seconds", "saving_seconds", "memory_bytes", "eval_seconds"}
+    timed = {"tokens_per_second", "seconds", "processor_seconds", "saving_seconds", "memory_bytes", "eval_seconds"}
     rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]

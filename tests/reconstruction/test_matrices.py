@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_adapters import dense_delta, load_base, make_adapter
 
+from abba_cli.dense_methods import FullConfig
 from abba_cli.errors import DataError, ModelError
-from abba_cli.reconstruction.differences import find_differences
+from abba_cli.reconstruction.differences import find_differences, find_updates
 from abba_cli.reconstruction.matrices import SYNTHETIC, find_matrix, synthetic
 from abba_cli.reconstruction.solving import lora_errors
 
@@ -173,3 +176,46 @@ def test_what_is_no_difference(tiny_llama: Path, tuned: Path, tmp_path: Path) ->
     save_file({"encoder.0.fc.weight": torch.ones(3, 3)}, other / "model.safetensors")
     with pytest.raises(ModelError, match="shares no linear layer with its base"):
         find_differences(str(tiny_llama), str(other), [])
+
+
+def test_updates_of_an_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    made = make_adapter(tiny_llama, tmp_path / "adapter")
+    found = {target.name: target for target in find_updates(str(made.path), [])}
+    assert found.keys() == made.saved.layers.keys()
+    for name, target in found.items():
+        torch.testing.assert_close(target.load().double(), dense_delta(made.saved, name), rtol=1e-4, atol=1e-6)
+    assert {target.group for target in find_updates(str(made.path), ["*.0.*proj"])} == {name.rpartition(".")[2] for name in found}
+    with pytest.raises(ModelError, match=r"'qkv' matches no layer that .*adapter adapts; their types of layers are: .*q_proj"):
+        find_updates(str(made.path), ["qkv"])
+
+
+def save_adapter(base: Path, folder: Path, config: PeftConfig) -> dict[str, torch.Tensor]:
+    model = get_peft_model(load_base(base), config)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    for place, parameter in enumerate(trained.values()):
+        torch.nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(place))
+    model.save_pretrained(folder)
+    return {name: one.detach() for name, one in trained.items()}
+
+
+def test_updates_of_a_full_fine_tuning_are_its_numbers(tiny_llama: Path, tmp_path: Path) -> None:
+    trained = save_adapter(tiny_llama, tmp_path / "full", FullConfig(target_modules=["q_proj", "up_proj", "down_proj"]))
+    found = find_updates(str(tmp_path / "full"), [])
+    assert len(found) == len(trained) == 6
+    for target in found:
+        delta = trained[f"base_model.model.{target.name}.full_delta.default"]
+        assert torch.equal(target.load(), delta)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (HiraConfig(r=2, target_modules=["q_proj"]), "a HiRA"),
+        (LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]), "a DoRA"),
+    ],
+    ids=["hira", "dora"],
+)
+def test_updates_that_depend_on_the_base(config: PeftConfig, name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    save_adapter(tiny_llama, tmp_path / "other", config)
+    with pytest.raises(ModelError, match=f"is {name} adapter, whose update depends on the base's weights; merge it"):
+        find_updates(str(tmp_path / "other"), [])

@@ -170,6 +170,8 @@ def test_adam_and_one_method(abba: Abba, tmp_path: Path) -> None:
         (["random", "--methods", "lora,dora"], 2, "expected some of lora,abba,loha"),
         ([], 2, "name a matrix such as random"),
         (["--base", "x"], 2, "--base and --tuned belong together"),
+        (["--base", "x", "--tuned", "y", "--adapter", "z"], 2, "--adapter has the updates, and takes no --base and --tuned"),
+        (["--adapter", "no-such-run"], 1, "there is no directory no-such-run; expected a run, an adapter"),
         (
             ["random", "--size", "16", "--ranks", "4,17"],
             1,
@@ -178,7 +180,7 @@ def test_adam_and_one_method(abba: Abba, tmp_path: Path) -> None:
         (["rnadom"], 1, "did you mean random?"),
         (["no-such/model:weight"], 1, "cannot load model no-such/model"),
     ],
-    ids=["no-number", "one", "method", "nothing", "half", "large", "misspelt", "hub"],
+    ids=["no-number", "one", "method", "nothing", "half", "both", "no-run", "large", "misspelt", "hub"],
 )
 def test_mistakes_are_one_clear_message(arguments: list[str], code: int, message: str, abba: Abba, tmp_path: Path) -> None:
     found, _, err = abba("reconstruct", *arguments, "--output", tmp_path / "out")

@@ -95,6 +95,20 @@ def test_lines_and_answer(tmp_path: Path) -> None:
     assert f"abba train {tmp_path / 'out' / 'runs/abba/seed-1'}.yaml" in text
 
 
+def test_times_are_the_processor_s_where_all_have_it(tmp_path: Path) -> None:
+    lora = [record("lora", seed, 1.0, seconds=400.0, processor_seconds=20.0) for seed in (1, 2)]  # beside other work
+    abba = [record("abba", seed, 0.9, seconds=30.0, processor_seconds=22.0) for seed in (1, 2)]
+    lines = summarise(sweep(tmp_path), [*lora, *abba])
+    assert "abba takes 1.10 times the processor time of lora" in " ".join(answer(sweep(tmp_path), lines))
+    text = markdown(sweep(tmp_path), lines, [*lora, *abba], [], [])
+    assert "| CPU s/step |" in text
+    assert "| 2.00 |" in text
+    assert "CPU s/step: the processor's time for a step" in text
+    lines = summarise(sweep(tmp_path), [*lora, record("abba", 1, 0.9, seconds=30.0)])  # of a version that did not look
+    assert "abba takes 0.07 times the time of lora" in " ".join(answer(sweep(tmp_path), lines))
+    assert "CPU s/step" not in markdown(sweep(tmp_path), lines, [], [], [])
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     lines = summarise(sweep(tmp_path, seeds=[1]), [record("lora", 1, 1.0), record("abba", 1, 0.5)])
     assert "Not told apart from it for want of a second seed: lora." in answer(sweep(tmp_path), lines)[0]
