@@ -157,12 +157,25 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         )
     if any(line.tasks for line in lines):
         told.append("scores in percent")
+    if edges := _at_an_edge(lines):
+        told.append(f"chosen at an edge of the values tried, so that a wider range may change the order: {'; '.join(edges)}")
     told.append("loss: on the evaluation rows, per supervised token")
     if step_time(lines).quiet:
         told.append("CPU s/step: the processor's time for a step, over all threads, median of the runs; GB: the largest peak")
     else:
         told.append("s/step and GB: median of the runs, with whatever else the machine did meanwhile, and the largest peak")
     return told
+
+
+def _at_an_edge(lines: Sequence[Line]) -> list[str]:
+    """Tuned keys with the lines whose choice is the smallest or the largest number tried."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        for key, tried in line.point.tune.items():
+            numbers = [value for value in tried if isinstance(value, int | float)]
+            if len(numbers) > 1 and line.records[0].tuned.get(key) in (min(numbers), max(numbers)):
+                found.setdefault(short(key), []).append(line.label)
+    return [f"{key} of {', '.join(labels)}" for key, labels in found.items()]
 
 
 def _reference_label(sweep: Sweep) -> str:

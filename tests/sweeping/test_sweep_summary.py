@@ -109,6 +109,17 @@ def test_times_are_the_processor_s_where_all_have_it(tmp_path: Path) -> None:
     assert "CPU s/step" not in markdown(sweep(tmp_path), lines, [], [], [])
 
 
+@pytest.mark.parametrize(("chosen", "told"), [(1.0, True), (2.0, False), (4.0, True)])
+def test_a_choice_at_an_edge_is_told_of(chosen: float, told: bool, tmp_path: Path) -> None:
+    read = sweep(tmp_path, tune={"values": {"training.learning_rate": [2.0, 1.0, 4.0]}})
+    tuned = {"training.learning_rate": chosen}
+    records = [record("lora", 1, 1.0, tuned={"training.learning_rate": 2.0}), record("abba", 1, 0.9, tuned=tuned)]
+    text = markdown(read, summarise(read, records), records, [], [])
+    line = "chosen at an edge of the values tried, so that a wider range may change the order: learning_rate of abba\n"
+    assert (line in text) == told
+    assert ("at an edge" in text) == told
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     lines = summarise(sweep(tmp_path, seeds=[1]), [record("lora", 1, 1.0), record("abba", 1, 0.5)])
     assert "Not told apart from it for want of a second seed: lora." in answer(sweep(tmp_path), lines)[0]
