@@ -2,8 +2,8 @@
 
     python benchmarks/answer_floor.py DATA
 
-DATA holds boolq, openbookqa, ARC-Easy and ARC-Challenge. Prints the evaluation loss per supervised token of a model that is certain of
-every token but the choice itself, and gives each choice the share that it has among that set's training answers.
+DATA holds boolq, openbookqa, ARC-Easy and ARC-Challenge. Prints the evaluation loss per supervised token of a model that is
+certain of every token but the choice itself, and gives each choice the share that it has among that set's training answers.
 """
 
 import argparse
