@@ -82,6 +82,7 @@ def _score(lines: Sequence[Line]) -> Any:
     figure, panels = _figure(4.6 * len(measures), 3.9, len(measures))
     variants = list(_variants(lines))
     for panel, (name, times, found) in zip(panels, measures, strict=True):
+        across = _side_by_side([line for line, _ in found])
         for place, variant in enumerate(variants):
             own = [(line, value) for line, value in found if line.point.variant == variant]
             own.sort(key=lambda pair: pair[0].parameters)
@@ -89,7 +90,7 @@ def _score(lines: Sequence[Line]) -> Any:
             if len({line.parameters for line, _ in own}) < len(own):
                 style["linestyle"] = "none"  # of one size several times: nothing that goes on from one to the next
             panel.errorbar(
-                [line.parameters / 1e6 for line, _ in own],
+                [across[line.label] for line, _ in own],
                 [times * value.mean for _, value in own],
                 yerr=[times * (value.deviation or 0.0) for _, value in own],
                 capsize=3,
@@ -97,18 +98,37 @@ def _score(lines: Sequence[Line]) -> Any:
                 label=variant or "runs",
                 **style,
             )
-        panel.set_xlabel("trained parameters, millions", fontsize=9)
+        crowded = any(across[line.label] != line.parameters / 1e6 for line, _ in found)
+        panel.set_xlabel(f"trained parameters, millions{' (of one size: side by side)' if crowded else ''}", fontsize=9)
         panel.set_ylabel(name, fontsize=9)
         sizes = [line.parameters for line, _ in found]
         if max(sizes) > 4 * min(sizes):
             panel.set_xscale("log")
+            _plain_ticks(panel.xaxis)
     _legend(figure, panels[0])
     return figure
 
 
-def _curves(lines: Sequence[Line], key: str, name: str) -> Any:
+def _plain_ticks(axis: Any) -> None:
+    """0.2 and 5 on a logarithmic axis, not 2 x 10^-1 and nothing."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _side_by_side(lines: Sequence[Line]) -> dict[str, float]:
+    """Where to draw lines by their labels, in millions of parameters: those of about one size next to each other, not on top."""
+    places: dict[str, float] = {}
+    for line in lines:
+        alike = [one for one in lines if abs(one.parameters - line.parameters) < 0.05 * line.parameters]
+        shift = 0.06 * (alike.index(line) - (len(alike) - 1) / 2)
+        places[line.label] = line.parameters / 1e6 * (1 + shift)
+    return places
+
+
+def _curves(lines: Sequence[Line], key: str, name: str) -> Any:
     figure, (panel,) = _figure(6.4, 4.4, 1)
     for place, line in enumerate(lines):
         steps = [step.step for step in line.records[0].curve]
@@ -119,10 +139,10 @@ def _curves(lines: Sequence[Line], key: str, name: str) -> Any:
         smooth = [statistics.fmean(means[max(0, i - width + 1) : i + 1]) for i in range(len(means))]
         every = max(1, len(smooth) // 8)
         panel.plot(steps[: len(smooth)], smooth, label=line.label, markersize=4, markevery=every, **_style(place))
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    panel.yaxis.set_major_formatter("{x:g}")  # 0.2, not 2 x 10^-1
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    lowest, highest = panel.dataLim.intervaly
+    if lowest > 0 and highest > 5 * lowest:
+        panel.set_yscale("log")
+        _plain_ticks(panel.yaxis)
     panel.set_xlabel("step", fontsize=9)
     panel.set_ylabel(name, fontsize=9)
     _legend(figure, panel)
