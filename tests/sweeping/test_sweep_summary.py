@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from abba_cli.sweeping.charts import draw_all
+from abba_cli.sweeping.charts import _losses, _side_by_side, draw_all
 from abba_cli.sweeping.planning import Sweep
 from abba_cli.sweeping.records import Record, Step
 from abba_cli.sweeping.reporting import answer, markdown, results_csv
@@ -180,3 +180,21 @@ def test_figures(grid: dict[str, list[int]], tmp_path: Path) -> None:
             assert colours is not None
             found = {colour for count, colour in colours if count > 30}
             assert {(0, 114, 178)} <= found, "nothing of the first variant's colour"
+
+
+def test_lines_of_one_size_are_drawn_side_by_side(tmp_path: Path) -> None:
+    read = sweep(tmp_path, variants={name: {} for name in ("lora", "abba", "dora", "full")})
+    sizes = {"lora": 10_000_000, "abba": 10_000_000, "dora": 10_100_000, "full": 100_000_000}
+    places = _side_by_side(summarise(read, [record(name, 1, 1.0, parameters=size) for name, size in sizes.items()]))
+    assert list(places) == sorted(places, key=lambda name: places[name])
+    assert places["full"] == 100.0
+    near = [places[name] for name in ("lora", "abba", "dora")]
+    assert all(later - earlier > 0.4 for earlier, later in itertools.pairwise(near))
+    assert sum(near) / 3 == pytest.approx(10, rel=0.02)
+
+
+@pytest.mark.parametrize(("losses", "scale"), [((1.0, 0.8, 0.7), "linear"), ((5.0, 1.0, 0.2), "log")])
+def test_curves_are_logarithmic_where_they_fall_far(losses: tuple[float, ...], scale: str, tmp_path: Path) -> None:
+    curve = [Step(step=place, loss=loss, gradient_norm=None) for place, loss in enumerate(losses, start=1)]
+    lines = summarise(sweep(tmp_path), [record("lora", 1, 1.0, curve=curve)])
+    assert _losses(lines).axes[0].get_yscale() == scale
