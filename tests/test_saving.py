@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +45,26 @@ def test_saving_is_measured_and_evaluation_is_not(
         now[0] += 50
         on_prediction_step(*given, **named)
 
-    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=time.process_time))
     monkeypatch.setattr(recorder, "seal_checkpoint", slow_seal)
     monkeypatch.setattr(recorder.Recorder, "on_prediction_step", slow_evaluation)
     run = train(recipe_file(), [f"data.eval={rows}", "evaluation.every_steps=2"])
     assert now[0] == 1000 + 3 * 2 + 4 * 12 * 50
     assert [row["saving_seconds"] for row in run.metrics() if "saving_seconds" in row] == [0, 0, 2, 2, 4, 4]
+
+
+def test_the_processor_s_time_goes_on_over_starts(recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [7.0]
+
+    def next_second() -> float:
+        now[0] += 1
+        return now[0]
+
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=time.perf_counter, process_time=next_second))
+    train(recipe_file(), ["training.max_steps=2"])
+    now[0] = 100.0
+    run = train(recipe_file(), ["training.max_steps=4"])
+    assert [row["processor_seconds"] for row in run.metrics() if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_an_older_record_is_read(recipe_file: Callable[..., Path], abba: Callable[..., tuple[int, str, str]]) -> None:
