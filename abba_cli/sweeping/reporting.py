@@ -161,7 +161,10 @@ def notes(sweep: Sweep, lines: Sequence[Line]) -> list[str]:
         told.append(f"chosen at an edge of the values tried, so that a wider range may change the order: {'; '.join(edges)}")
     told.append("loss: on the evaluation rows, per supervised token")
     if step_time(lines).quiet:
-        told.append("CPU s/step: the processor's time for a step, over all threads, median of the runs; GB: the largest peak")
+        told.append(
+            "CPU s/step: the processor's time for a step, over all threads, median of the runs; GB: the largest peak of the "
+            "process, which may differ from run to run by a quarter"
+        )
     else:
         told.append("s/step and GB: median of the runs, with whatever else the machine did meanwhile, and the largest peak")
     return told
