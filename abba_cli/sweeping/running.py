@@ -163,7 +163,7 @@ class _Pool:
         def training() -> None:
             rows = [row["step"] for row in RunDir(folder).metrics() if "loss" in row]
             part = rows[-1] / steps if rows and steps else 0.0
-            what = "evaluating" if part == 1 else f"step {rows[-1] if rows else 0}/{steps or '?'}"
+            what = "finishing" if part == 1 else f"step {rows[-1] if rows else 0}/{steps or '?'}"
             self._progress.now[run.name] = int(PARTS * share * part), what
 
         code = self._children.run(["train", str(recipe)], log, device, training)
